@@ -1,0 +1,33 @@
+# `make help` lists the targets.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+RUNTIME := $(if $(wildcard /proc/driver/nvidia/version),gpu,cpu)
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+install: $(VENV)/installed ## make .venv and install the pinned dependencies
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No python3.11 found. On Debian or Ubuntu: apt install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
+	  || { echo "$(PYTHON) is $$($(PYTHON) -V); Python 3.11 is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Installing into $(VENV) (several minutes the first time) ..."
+	@$(PYTHON) -m venv $(VENV) || { echo "On Debian or Ubuntu: apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[$(RUNTIME),dev]'
+	@touch $@
+
+run: install ## go through every stage of dvc.yaml that is not up to date
+	$(BIN)/dvc repro
+
+test: install ## pass every test
+	$(BIN)/python -m pytest
+
+check: install ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

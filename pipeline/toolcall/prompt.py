@@ -1,0 +1,81 @@
+"""One way from a request to tokens, used by training, evaluation, benchmark and server alike.
+
+The form is ChatML. The prefix (system prompt with the tools) is the same for every request of an agent, so that its KV
+cache is computed once. Texts of users are encoded without special tokens: `<|im_end|>` in a request is text.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.toolcall.conversation import Message, Request
+from pipeline.toolcall.reply import CLOSING, OPENING, write_call
+from pipeline.toolcall.tool import Tool
+
+START, END = "<|im_start|>", "<|im_end|>"
+
+Tokenizer = Any  # a transformers tokenizer; this package imports nothing but the standard library
+
+
+def system_prompt(tools: Sequence[Tool]) -> str:
+    lines = [f"- {signature(tool)}: {tool.description}" for tool in tools]
+    return (
+        "You make tool calls. Tools:\n"
+        + "\n".join(lines)
+        + f"\nReply with one call, {OPENING}"
+        + '{"name": NAME, "arguments": {...}}'
+        + f"{CLOSING}, copying texts exactly, or with plain text if no tool fits or something is missing."
+    )
+
+
+def signature(tool: Tool) -> str:
+    """`Read(file_path: string, offset?: integer)`: ? marks what may be left out."""
+    required = tool.parameters.get("required", [])
+    parts = [
+        f"{name}{'' if name in required else '?'}: {_kind(schema)}"
+        for name, schema in tool.parameters.get("properties", {}).items()
+    ]
+    return f"{tool.name}({', '.join(parts)})"
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return "|".join(str(value) for value in schema["enum"])
+    kind = schema.get("type", "any")
+    return "|".join(kind) if isinstance(kind, list) else str(kind)
+
+
+def prefix_tokens(tokenizer: Tokenizer, tools: Sequence[Tool]) -> list[int]:
+    return [
+        *_markup(tokenizer, f"{START}system\n"),
+        *_text(tokenizer, system_prompt(tools)),
+        *_markup(tokenizer, f"{END}\n"),
+    ]
+
+
+def request_tokens(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """What follows the prefix, up to where the reply begins."""
+    tokens: list[int] = []
+    for message in messages:
+        tokens += _markup(tokenizer, f"{START}{message['role']}\n")
+        tokens += _text(tokenizer, message["content"])
+        tokens += _markup(tokenizer, f"{END}\n")
+    return tokens + _markup(tokenizer, f"{START}assistant\n")
+
+
+def reply_tokens(tokenizer: Tokenizer, request: Request) -> list[int]:
+    """The right reply and the end token. Raises ValueError where a request has neither call nor text."""
+    if request.expected:
+        text = write_call(request.expected)
+    elif request.reply:
+        text = request.reply
+    else:
+        raise ValueError(f"request {request.id}: to train on it, it needs a reply or a call")
+    return [*_text(tokenizer, text), *_markup(tokenizer, END)]
+
+
+def _markup(tokenizer: Tokenizer, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _text(tokenizer: Tokenizer, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))

@@ -1,0 +1,67 @@
+"""Tools on offer, as data: a name, one line, and a JSON schema of the arguments."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jsonschema
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tool:
+    name: str
+    description: str
+    parameters: dict[str, Any]  # a JSON schema of type object
+
+    @cached_property
+    def validator(self) -> jsonschema.Draft202012Validator:
+        return jsonschema.Draft202012Validator(self.parameters)
+
+    def fault(self, arguments: dict[str, Any]) -> str | None:
+        """What keeps `arguments` from fitting the schema, or None where they fit."""
+        error = next(iter(self.validator.iter_errors(arguments)), None)
+        return None if error is None else f"{error.json_path}: {error.message}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.parameters,
+        }
+
+
+def parse_tools(value: Any, where: str) -> tuple[Tool, ...]:
+    """Raises ValueError naming `where` and the tool that has no name, or no JSON schema, or a twin."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where}: expected a list of at least one tool, got {str(value)[:80]!r}")
+    tools = tuple(_parse_tool(tool, f"{where}: tool {at}") for at, tool in enumerate(value, 1))
+    names = [tool.name for tool in tools]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{where}: tools named twice: {sorted(twice)}")
+    return tools
+
+
+def _parse_tool(value: Any, where: str) -> Tool:
+    match value:
+        case {"name": str(name), "parameters": dict(parameters)} if name:
+            description = value.get("description", "")
+        case _:
+            raise ValueError(f"{where}: needs a name and parameters, got {str(value)[:120]!r}")
+    try:
+        jsonschema.Draft202012Validator.check_schema(parameters)
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"{where} ({name}): parameters are no JSON schema: {error.message}") from error
+    if parameters.get("type") != "object":
+        raise ValueError(f"{where} ({name}): parameters must be of type object")
+    return Tool(name, description, parameters)
+
+
+def find_tool(tools: Sequence[Tool], name: str) -> Tool | None:
+    return next((tool for tool in tools if tool.name == name), None)
