@@ -1,0 +1,90 @@
+"""Training on many short requests behind one long prefix, which is computed once.
+
+The tools' prefix is most of each example. Examples are put into groups, most of them with equal tools; the tokens that all
+of a group begin with go through the model once, as a batch of one, and their keys and values serve every row. Gradients
+flow through them, so the loss is that of the plain batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+IGNORED = -100  # label of a token that is not in the loss
+
+
+@dataclass(frozen=True)
+class Example:
+    tokens: list[int]
+    reply_at: int  # tokens from here on are in the loss
+    prefix: int  # how many of the tokens are the tools' prefix
+
+
+def groups(examples: Sequence[Example], size: int) -> list[list[int]]:
+    """Indices of `examples` in groups of about `size`: equal prefixes together, then of like length.
+
+    What is left over of rare prefixes makes smaller groups, since nothing much is shared there.
+    """
+    by_prefix: dict[tuple[int, ...], list[int]] = {}
+    for at, example in enumerate(examples):
+        by_prefix.setdefault(tuple(example.tokens[: example.prefix]), []).append(at)
+    full: list[list[int]] = []
+    rest: list[int] = []
+    for members in by_prefix.values():
+        if len(members) < size // 4:
+            rest += members
+        else:
+            full += _cut(members, examples, size)
+    return full + _cut(rest, examples, max(1, size // 4))
+
+
+def _cut(members: list[int], examples: Sequence[Example], size: int) -> list[list[int]]:
+    members = sorted(members, key=lambda at: len(examples[at].tokens))
+    return [members[at : at + size] for at in range(0, len(members), size)]
+
+
+def tensors(group: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
+    """prefix (1, shared), tokens and labels (rows, longest), mask (rows, shared + longest)."""
+    shortest = min(example.reply_at for example in group)
+    first = group[0].tokens
+    # One token at least stays in the rows, to predict the first reply token from.
+    shared = next(
+        (at for at in range(shortest - 1) if any(row.tokens[at] != first[at] for row in group)), shortest - 1
+    )
+    shared = min(shared, max(row.prefix for row in group))
+    longest = max(len(row.tokens) for row in group) - shared
+    tokens = torch.full((len(group), longest), pad)
+    labels = torch.full((len(group), longest), IGNORED)
+    mask = torch.zeros((len(group), shared + longest), dtype=torch.long)
+    for at, row in enumerate(group):
+        n = len(row.tokens) - shared
+        tokens[at, :n] = torch.tensor(row.tokens[shared:])
+        labels[at, row.reply_at - shared : n] = torch.tensor(row.tokens[row.reply_at :])
+        mask[at, : shared + n] = 1
+    return {"prefix": torch.tensor([first[:shared]]), "tokens": tokens, "labels": labels, "mask": mask}
+
+
+def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean negative log-likelihood of the reply tokens in nats. `model` is a transformers causal LM."""
+    prefix, tokens, labels = batch["prefix"], batch["tokens"], batch["labels"]
+    past = None
+    if prefix.shape[1]:
+        past = model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
+        past.batch_repeat_interleave(len(tokens))
+    positions = torch.arange(prefix.shape[1], prefix.shape[1] + tokens.shape[1], device=tokens.device)
+    predicting = labels[:, 1:] != IGNORED
+    # The head is a fifth of the arithmetic: only the positions before the first reply token are left out
+    # for all rows at once, as transformers allows; rows are of like length, so little is wasted.
+    first = int(predicting.any(0).nonzero()[0])
+    output = model(
+        input_ids=tokens,
+        attention_mask=batch["mask"],
+        position_ids=positions[None].expand(len(tokens), -1),
+        past_key_values=past,
+        use_cache=past is not None,
+        logits_to_keep=tokens.shape[1] - first,
+    )
+    logits = output.logits[:, :-1][predicting[:, first:]]
+    return functional.cross_entropy(logits.float(), labels[:, 1:][predicting])

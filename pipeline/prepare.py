@@ -1,0 +1,282 @@
+"""Stage `prepare`: make training requests from phrasings, and check those written by hand.
+
+Reads data/tools.json and data/requests; writes {train,validation,test,validation-hand}.jsonl in data/prepared and
+reports/prepare.json.
+"""
+
+import logging
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from pipeline import config, files
+from pipeline.provenance import provenance
+from pipeline.toolcall.conversation import NONE, Request, parse_request
+from pipeline.toolcall.slots import SLOT, Draw, Record
+from pipeline.toolcall.tool import Tool, parse_tools
+
+log = logging.getLogger(__name__)
+
+HAND_WRITTEN = ("test", "validation-hand")
+VARIATIONS = 12
+
+
+@dataclass
+class PrepareConfig:
+    seed: int
+    requests: int  # to make, training and validation together
+    validation_fraction: float  # of the phrasings
+    none_fraction: float  # of the requests: those that no call answers
+    foreign_fraction: float  # of the requests: those with tools of their own
+    varied_tools_fraction: float  # of the others: tools in another order, some left out
+    frame_fraction: float  # of the requests: with a greeting or context around
+    noise_fraction: float  # of the requests: with a typo or other casing outside the slots
+
+    def __post_init__(self) -> None:
+        config.require_range("prepare.requests", self.requests, 20, 10_000_000)
+        config.require_range("prepare.validation_fraction", self.validation_fraction, 0.01, 0.5)
+        for name in ("none", "foreign", "varied_tools", "frame", "noise"):
+            config.require_range(f"prepare.{name}_fraction", getattr(self, f"{name}_fraction"), 0, 1)
+
+
+@dataclass
+class Params:
+    paths: config.Paths
+    prepare: PrepareConfig
+
+
+@dataclass(frozen=True)
+class Phrasing:
+    where: str
+    value: dict[str, Any]
+
+
+def run(tools_file: Path, requests: Path, out: Path, report: Path, cfg: PrepareConfig) -> dict[str, Any]:
+    tools = parse_tools(files.read_json(tools_file), str(tools_file))
+    hand = {name: read_requests(requests / f"{name}.jsonl", tools) for name in HAND_WRITTEN}
+    slots = read_slots(requests / "slots")
+    phrasings = [
+        Phrasing(where, value)
+        for path in sorted((requests / "train").glob("*.jsonl"))
+        for where, value in files.read_jsonl(path)
+    ]
+    rng = random.Random(cfg.seed)
+    held_out, kept = split(phrasings, cfg.validation_fraction, rng)
+    taken = {_text(request) for group in hand.values() for request in group}
+    n_validation = round(cfg.requests * cfg.validation_fraction)
+    made = {
+        "train": make(kept, slots, tools, cfg, (cfg.requests - n_validation, rng, taken)),
+        "validation": make(held_out, slots, tools, cfg, (n_validation, rng, taken)),
+    }
+    with files.whole_folder(out) as folder:
+        for name, group in (made | hand).items():
+            files.write_jsonl(folder / f"{name}.jsonl", (request.to_json() for request in group))
+    metrics = {
+        "requests": {name: len(group) for name, group in (made | hand).items()},
+        "train_by_category": dict(Counter(request.category for request in made["train"]).most_common(7)),
+        "phrasings": {"train": len(kept), "validation": len(held_out)},
+        "overlap": _overlap(made | hand),
+    }
+    files.write_json(report, metrics | {"provenance": provenance(cfg)})
+    log.info("%s requests in %s", metrics["requests"], out)
+    return metrics
+
+
+def read_requests(path: Path, tools: tuple[Tool, ...]) -> list[Request]:
+    """Raises ValueError naming file and line of a request that breaks the format or has a twin's id."""
+    requests: dict[str, Request] = {}
+    for where, value in files.read_jsonl(path):
+        request = parse_request(value, tools, where)
+        if request.id in requests:
+            raise ValueError(f"{where}: id: {request.id!r} stands in the file twice")
+        requests[request.id] = request
+    if not requests:
+        raise ValueError(f"{path}: holds no request")
+    return list(requests.values())
+
+
+def read_slots(folder: Path) -> dict[str, list[Record]]:
+    slots: dict[str, list[Record]] = {}
+    for path in sorted(folder.glob("*.txt")):
+        slots[path.stem] = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    for path in sorted(folder.glob("*.jsonl")):
+        slots[path.stem] = [record for _, record in files.read_jsonl(path)]
+    if empty := [name for name, records in slots.items() if not records]:
+        raise ValueError(f"{folder}: slots without a line: {empty}")
+    return slots
+
+
+def split(
+    phrasings: list[Phrasing], fraction: float, rng: random.Random
+) -> tuple[list[Phrasing], list[Phrasing]]:
+    """Held out and kept, by phrasing, so that no template is on both sides; both of every category.
+
+    Raises ValueError where a category has too few phrasings to give each part one.
+    """
+    held_out, kept = [], []
+    for group in _by_kind(phrasings).values():
+        rng.shuffle(group)
+        n = round(len(group) * fraction)
+        if not 0 < n < len(group):
+            raise ValueError(
+                f"{group[0].where}: {len(group)} phrasings of {group[0].value.get('category')!r} at "
+                f"prepare.validation_fraction={fraction} leave a part empty"
+            )
+        held_out += group[:n]
+        kept += group[n:]
+    return held_out, kept
+
+
+def make(
+    phrasings: list[Phrasing],
+    slots: dict[str, list[Record]],
+    tools: tuple[Tool, ...],
+    cfg: PrepareConfig,
+    quota: tuple[int, random.Random, set[str]],
+) -> list[Request]:
+    """`quota`: how many, the generator, and the texts that are taken and may not come again (added to)."""
+    n, rng, taken = quota
+    kinds = _by_kind(phrasings)
+    names = sorted(kinds)
+    weights = _weights(names, cfg)
+    requests: list[Request] = []
+    tries = 0
+    with tqdm(total=n, desc="making requests", mininterval=2) as progress:
+        while len(requests) < n:
+            tries += 1
+            if tries > 20 * n + 1000:
+                raise ValueError(
+                    f"only {len(requests)} of {n} requests differ: more phrasings or slots are needed"
+                )
+            phrasing = rng.choice(kinds[rng.choices(names, weights)[0]])
+            request = fill(phrasing, slots, tools, cfg, (len(requests), rng))
+            if _text(request) in taken:
+                continue
+            taken.add(_text(request))
+            requests.append(request)
+            progress.update()
+    return requests
+
+
+def _weights(names: list[str], cfg: PrepareConfig) -> list[float]:
+    fixed = {NONE: cfg.none_fraction, "foreign": cfg.foreign_fraction}
+    calls = [name for name in names if name not in fixed]
+    left = 1 - sum(fixed[name] for name in names if name in fixed)
+    return [fixed.get(name, left / max(1, len(calls))) for name in names]
+
+
+def fill(
+    phrasing: Phrasing,
+    slots: dict[str, list[Record]],
+    tools: tuple[Tool, ...],
+    cfg: PrepareConfig,
+    nth: tuple[int, random.Random],
+) -> Request:
+    number, rng = nth
+    draw = Draw(slots, rng, phrasing.where)
+    value = dict(phrasing.value)
+    messages = [dict(message) for message in value["messages"]]
+    text = messages[-1]["content"]
+    if rng.random() < cfg.noise_fraction:
+        text = add_noise(text, rng)
+    if rng.random() < cfg.frame_fraction and "frame" in slots and "\n" not in text:
+        text = _frame(text, str(rng.choice(slots["frame"])), value)
+    messages[-1]["content"] = text
+    value["messages"] = messages
+    filled = draw.fill(value)
+    filled["id"] = f"{value['id']}-{number}"
+    request = parse_request(filled, tools, phrasing.where)
+    if "tools" not in value and rng.random() < cfg.varied_tools_fraction:
+        request = replace(request, tools=vary_tools(request, rng))
+    return request
+
+
+def _frame(text: str, frame: str, value: dict[str, Any]) -> str:
+    """No words after a request that ends in a text to write: where that text ends would be unclear."""
+    before, after = frame.split("{{request}}")
+    if after and (value["expected"] is None or text.rstrip("`'\". ").endswith("}}")):
+        after = ""
+    return before + text + after
+
+
+def add_noise(text: str, rng: random.Random) -> str:
+    """`text` in lower case, or without its last mark, or with one typo in a word; slots stay whole."""
+    parts = _words(text)
+    match rng.randrange(3):
+        case 0:
+            parts = [part if SLOT.fullmatch(part) else _lower_first(part) for part in parts]
+        case 1:
+            parts[-1] = parts[-1].rstrip(".!")
+        case 2:
+            plain = [at for at, part in enumerate(parts) if part.isalpha() and len(part) > 4]
+            if plain:
+                at = rng.choice(plain)
+                parts[at] = _typo(parts[at], rng)
+    return "".join(parts)
+
+
+def _words(text: str) -> list[str]:
+    return re.split(r"(\{\{[^}]*\}\}|[^A-Za-z{}]+)", text)
+
+
+def _lower_first(word: str) -> str:
+    return word.lower() if word.istitle() else word
+
+
+def _typo(word: str, rng: random.Random) -> str:
+    at = rng.randrange(1, len(word) - 1)
+    swapped = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    return rng.choice([swapped, word[:at] + word[at + 1 :], word[:at] + word[at] + word[at:]])
+
+
+def vary_tools(request: Request, rng: random.Random) -> tuple[Tool, ...]:
+    """Another order; and where a call is right, some of the other tools left out.
+
+    One of VARIATIONS ways, so that training finds enough requests with the same tools to share their prefix.
+    """
+    rng = random.Random(rng.randrange(VARIATIONS))
+    tools = list(request.tools)
+    rng.shuffle(tools)
+    if request.expected is None:
+        return tuple(tools)
+    others = [tool for tool in tools if tool.name != request.expected.name]
+    left_out = {tool.name for tool in others[: rng.randrange(len(others))]} if others else set()
+    return tuple(tool for tool in tools if tool.name not in left_out)
+
+
+def _by_kind(phrasings: list[Phrasing]) -> dict[str, list[Phrasing]]:
+    kinds: dict[str, list[Phrasing]] = {}
+    for phrasing in phrasings:
+        if not isinstance(phrasing.value, dict) or "category" not in phrasing.value:
+            raise ValueError(f"{phrasing.where}: category: missing")
+        kind = "foreign" if "tools" in phrasing.value else phrasing.value["category"]
+        kinds.setdefault(kind, []).append(phrasing)
+    return kinds
+
+
+def _text(request: Request) -> str:
+    return request.messages[-1]["content"].strip().lower()
+
+
+def _overlap(groups: dict[str, list[Request]]) -> int:
+    """Texts that stand in more than one split."""
+    texts = Counter(text for group in groups.values() for text in {_text(request) for request in group})
+    return sum(1 for count in texts.values() if count > 1)
+
+
+@hydra.main(version_base="1.3", config_path="..", config_name="params")
+def main(raw: DictConfig) -> None:
+    params = config.load(raw, Params)
+    paths = params.paths
+    run(paths.tools, paths.requests, paths.prepared, paths.reports / "prepare.json", params.prepare)
+
+
+if __name__ == "__main__":
+    main()

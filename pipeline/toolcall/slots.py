@@ -1,0 +1,47 @@
+"""Phrasings with `{{slots}}` filled from lists: data/requests/README.md has the rules."""
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SLOT = re.compile(r"\{\{([a-z_]+(?:#\d+)?)(?:\.(\w+))?\}\}")
+
+Record = str | dict[str, Any]
+
+
+class Draw:
+    """One set of draws: the same slot within it is the same draw, also inside other slots."""
+
+    def __init__(self, slots: Mapping[str, Sequence[Record]], rng: random.Random, where: str) -> None:
+        self._slots, self._rng, self._where = slots, rng, where
+        self._drawn: dict[str, Record] = {}
+
+    def fill(self, value: Any, within: str = "") -> Any:
+        """`value` with the slots of all its strings filled; a string that is one slot takes that one's type."""
+        if isinstance(value, dict):
+            return {key: self.fill(inner, within) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self.fill(inner, within) for inner in value]
+        if not isinstance(value, str):
+            return value
+        if whole := SLOT.fullmatch(value):
+            return self._value(whole, within)
+        return SLOT.sub(lambda found: str(self._value(found, within)), value)
+
+    def _value(self, found: re.Match[str], within: str) -> Any:
+        key, field = found.group(1), found.group(2)
+        name, _, number = key.partition("#")
+        if name not in self._slots:
+            raise ValueError(f"{self._where}: no slot {name!r}; a file slots/{name}.txt or .jsonl makes one")
+        # Slots inside the second draw of a slot are second draws too: path#2 has a folder of its own.
+        within = f"{within}#{number}" if number else within
+        drawn_as = f"{name}{within}"
+        if drawn_as not in self._drawn:
+            self._drawn[drawn_as] = self._rng.choice(self._slots[name])
+        record = self._drawn[drawn_as]
+        if field is None and isinstance(record, str):
+            return self.fill(record, within)
+        if field is None or isinstance(record, str) or field not in record:
+            raise ValueError(f"{self._where}: slot {found.group()} names no field of {str(record)[:80]!r}")
+        return self.fill(record[field], within)

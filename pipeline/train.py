@@ -1,0 +1,229 @@
+"""Stage `train`: fine-tune the base model to make calls.
+
+Reads models/base and data/prepared/{train,validation}.jsonl; writes models/tuned, reports/train.json and the loss curves
+in reports/train. Interrupted, it goes on from its last checkpoint.
+"""
+
+import logging
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import psutil
+import torch
+from datasets import Dataset
+from dvclive import Live
+from omegaconf import DictConfig
+from peft import LoraConfig, get_peft_model
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers.integrations import DVCLiveCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from pipeline import config, files
+from pipeline.model import base, shared_prefix
+from pipeline.provenance import cpu_has_fast_bfloat16, provenance
+from pipeline.toolcall import prompt
+from pipeline.toolcall.conversation import parse_request
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class LoraSettings:
+    rank: int
+    alpha: int
+    dropout: float
+
+
+@dataclass
+class TrainConfig:
+    seed: int
+    method: str  # full or lora
+    learning_rate: float
+    weight_decay: float
+    warmup_fraction: float  # of the steps
+    epochs: float
+    requests_per_step: int
+    evaluations: int  # on the validation split, over the whole training
+    patience: int  # evaluations without improvement before it stops
+    lora: LoraSettings
+
+    def __post_init__(self) -> None:
+        config.require_one_of("train.method", self.method, ["full", "lora"])
+        config.require_range("train.learning_rate", self.learning_rate, 1e-7, 1)
+        config.require_range("train.weight_decay", self.weight_decay, 0, 1)
+        config.require_range("train.warmup_fraction", self.warmup_fraction, 0, 1)
+        config.require_range("train.epochs", self.epochs, 0.01, 1000)
+        config.require_range("train.requests_per_step", self.requests_per_step, 1, 4096)
+        config.require_range("train.evaluations", self.evaluations, 1, 1000)
+        config.require_range("train.patience", self.patience, 1, 1000)
+
+
+@dataclass
+class Params:
+    paths: config.Paths
+    train: TrainConfig
+
+
+class PrefixTrainer(Trainer):
+    """A Trainer whose batch is one group of requests behind a shared prefix."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        del num_items_in_batch  # a group is a batch: its mean is taken in shared_prefix.loss
+        found = shared_prefix.loss(model, inputs)
+        return (found, {}) if return_outputs else found
+
+
+def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainConfig) -> dict[str, Any]:
+    torch.manual_seed(cfg.seed)
+    model, tokenizer = base.load_tuned(base_folder)
+    examples = {name: read_examples(prepared / f"{name}.jsonl", tokenizer) for name in ("train", "validation")}
+    log.info("training on %d requests, %d to validate", len(examples["train"]), len(examples["validation"]))
+    if cfg.method == "lora":
+        model.enable_input_require_grads()
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=cfg.lora.rank,
+                lora_alpha=cfg.lora.alpha,
+                lora_dropout=cfg.lora.dropout,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            ),
+        )
+    checkpoints = _checkpoints(out, base_folder, prepared, cfg)
+    start = time.perf_counter()
+    with Live(str(report.with_suffix("")), dvcyaml=None, report=None, save_dvc_exp=False, resume=True) as live:
+        trainer = make_trainer(model, examples, tokenizer.pad_token_id, checkpoints, cfg)
+        trainer.add_callback(DVCLiveCallback(live=live))
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)))
+    metrics = {
+        "train_s": time.perf_counter() - start,
+        "steps": trainer.state.global_step,
+        "steps_planned": trainer.state.max_steps,
+        "stopped_early": trainer.state.global_step < trainer.state.max_steps,
+        "best_validation_loss": trainer.state.best_metric,
+        "best_step": trainer.state.best_global_step,
+        "train_requests": len(examples["train"]),
+        "validation_requests": len(examples["validation"]),
+        "bfloat16_autocast": trainer.args.bf16,
+        "peak_rss_bytes": psutil.Process().memory_info().rss,
+    }
+    tuned = trainer.model.merge_and_unload() if cfg.method == "lora" else trainer.model
+    with files.whole_folder(out) as folder:
+        tuned.save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)
+    files.write_json(report, metrics | {"provenance": provenance(cfg)})
+    shutil.rmtree(checkpoints)
+    log.info("best validation loss %.4f at step %s", trainer.state.best_metric, metrics["best_step"])
+    return metrics
+
+
+def read_examples(path: Path, tokenizer: Any) -> list[shared_prefix.Example]:
+    prefixes: dict[str, list[int]] = {}
+    examples = []
+    for where, value in files.read_jsonl(path):
+        request = parse_request(value, (), where)
+        key = prompt.system_prompt(request.tools)
+        if key not in prefixes:
+            prefixes[key] = prompt.prefix_tokens(tokenizer, request.tools)
+        prefix = prefixes[key]
+        asked = prompt.request_tokens(tokenizer, request.messages)
+        tokens = prefix + asked + prompt.reply_tokens(tokenizer, request)
+        examples.append(shared_prefix.Example(tokens, len(prefix) + len(asked), len(prefix)))
+    return examples
+
+
+def make_trainer(
+    model: Any,
+    examples: dict[str, list[shared_prefix.Example]],
+    pad: int,
+    checkpoints: Path,
+    cfg: TrainConfig,
+) -> PrefixTrainer:
+    grouped = {name: _grouped(group, cfg) for name, group in examples.items()}
+    steps = max(1, round(len(grouped["train"]) * cfg.epochs))
+    every = max(1, steps // cfg.evaluations)
+    bfloat16 = torch.cuda.is_available() or cpu_has_fast_bfloat16()
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        learning_rate=cfg.learning_rate,
+        weight_decay=cfg.weight_decay,
+        warmup_ratio=cfg.warmup_fraction,
+        lr_scheduler_type="cosine",
+        optim="adamw_torch_fused",
+        adam_beta2=0.98,
+        bf16=bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=cfg.seed,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        logging_steps=max(1, every // 10),
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        prediction_loss_only=True,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        report_to=[],
+        dataloader_pin_memory=False,
+    )
+
+    def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return shared_prefix.tensors([shared_prefix.Example(**row) for row in rows[0]["group"]], pad)
+
+    return PrefixTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=grouped["train"],
+        eval_dataset=grouped["validation"],
+        data_collator=collate,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=cfg.patience)],
+    )
+
+
+def _grouped(examples: list[shared_prefix.Example], cfg: TrainConfig) -> Dataset:
+    indices = list(range(len(examples)))
+    random.Random(cfg.seed).shuffle(indices)
+    shuffled = [examples[at] for at in indices]
+    rows = shared_prefix.groups(shuffled, cfg.requests_per_step)
+    return Dataset.from_list([{"group": [asdict(shuffled[at]) for at in row]} for row in rows])
+
+
+def _checkpoints(out: Path, base_folder: Path, prepared: Path, cfg: TrainConfig) -> Path:
+    """The folder to checkpoint to; one that another base, data or settings left is emptied first."""
+    folder = out.with_name(f"{out.name}.checkpoints")
+    inputs = {
+        "settings": asdict(cfg),
+        "base": files.sha256(base_folder / "model.safetensors"),
+        "requests": [files.sha256(prepared / f"{name}.jsonl") for name in ("train", "validation")],
+    }
+    left = folder / "inputs.json"
+    if not left.exists() or files.read_json(left) != inputs:
+        shutil.rmtree(folder, ignore_errors=True)
+        files.write_json(left, inputs)
+    return folder
+
+
+@hydra.main(version_base="1.3", config_path="..", config_name="params")
+def main(raw: DictConfig) -> None:
+    params = config.load(raw, Params)
+    paths = params.paths
+    run(paths.models / "base", paths.prepared, paths.models / "tuned", paths.reports / "train.json", params.train)
+
+
+if __name__ == "__main__":
+    main()
