@@ -1,0 +1,34 @@
+"""Intervals, tests and percentiles."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import binomtest
+
+
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """95% confidence interval of a rate. Wilson (1927), without continuity correction."""
+    if not 0 <= successes <= n or n == 0:
+        raise ValueError(f"no interval for {successes} of {n}")
+    found = binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def mcnemar_p(one: Sequence[bool], other: Sequence[bool]) -> float:
+    """Two-sided exact McNemar test: how likely so unequal a share of disagreements is by chance."""
+    pairs = list(zip(one, other, strict=True))
+    gained = sum(b and not a for a, b in pairs)
+    lost = sum(a and not b for a, b in pairs)
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def percentiles(samples_s: Sequence[float]) -> dict[str, float]:
+    """p50, p95, p99 (linear between order statistics) and mean.
+
+    Raises ValueError for no samples or one that is not finite.
+    """
+    if not samples_s or not all(math.isfinite(sample) for sample in samples_s):
+        raise ValueError(f"no percentiles of {len(samples_s)} samples, not all finite")
+    p50, p95, p99 = np.percentile(samples_s, [50, 95, 99])
+    return {"p50": float(p50), "p95": float(p95), "p99": float(p99), "mean": float(np.mean(samples_s))}

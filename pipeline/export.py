@@ -1,0 +1,86 @@
+"""Stage `export`: the tuned model as ONNX graphs, compared with PyTorch.
+
+Reads models/tuned and test prompts; writes models/onnx (optimum's portable graph), models/fused
+(GroupQueryAttention) and reports/export.json. A difference over the limit fails the stage.
+"""
+
+import logging
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from pipeline import config, files
+from pipeline.model import agreement, onnx_export
+from pipeline.provenance import provenance
+from pipeline.toolcall.conversation import parse_request
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ExportConfig:
+    prompts: int  # test requests to compare on
+    max_logit_difference: float  # the largest over all positions of the prompts
+    min_same_reply_fraction: float
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        config.require_range("export.prompts", self.prompts, 1, 100_000)
+        config.require_range("export.max_logit_difference", self.max_logit_difference, 0, 1e6)
+        config.require_range("export.min_same_reply_fraction", self.min_same_reply_fraction, 0, 1)
+        config.require_range("export.max_new_tokens", self.max_new_tokens, 1, 100_000)
+
+
+@dataclass
+class Params:
+    paths: config.Paths
+    export: ExportConfig
+
+
+def run(tuned: Path, requests_file: Path, models: Path, report: Path, cfg: ExportConfig) -> dict[str, Any]:
+    requests = [
+        parse_request(value, (), where)
+        for where, value in islice(files.read_jsonl(requests_file), cfg.prompts)
+    ]
+    metrics: dict[str, Any] = {}
+    exporters = {"onnx": onnx_export.export_portable, "fused": onnx_export.export_fused}
+    for name, export in exporters.items():
+        log.info("exporting models/%s", name)
+        with files.whole_folder(models / name) as folder:
+            export(tuned, folder)
+            found = agreement.parity(tuned, folder, requests, cfg.max_new_tokens)
+            log.info("%s: %s", name, found)
+            _require(name, found, cfg)
+            metrics[name] = found | {"model_bytes": files.folder_bytes(folder)}
+    files.write_json(report, metrics | {"prompts": len(requests), "provenance": provenance(cfg)})
+    return metrics
+
+
+def _require(name: str, found: dict[str, Any], cfg: ExportConfig) -> None:
+    if found["max_logit_difference"] > cfg.max_logit_difference:
+        raise RuntimeError(
+            f"models/{name} differs from PyTorch by {found['max_logit_difference']:.4g} in a logit; "
+            f"export.max_logit_difference allows {cfg.max_logit_difference:g}"
+        )
+    if found["same_reply_fraction"] < cfg.min_same_reply_fraction:
+        raise RuntimeError(
+            f"models/{name} gives PyTorch's reply on {found['same_reply_fraction']:.1%} of the prompts; "
+            f"export.min_same_reply_fraction asks for {cfg.min_same_reply_fraction:.1%}"
+        )
+
+
+@hydra.main(version_base="1.3", config_path="..", config_name="params")
+def main(raw: DictConfig) -> None:
+    params = config.load(raw, Params)
+    models, reports = params.paths.models, params.paths.reports
+    run(
+        models / "tuned", params.paths.prepared / "test.jsonl", models, reports / "export.json", params.export
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""How far one way to run a model is from another, on the same prompts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from transformers import AutoTokenizer
+
+from pipeline.model.base import load_tuned
+from pipeline.toolcall import prompt
+from pipeline.toolcall.conversation import Request
+
+Logits = NDArray[np.float32]  # (positions, vocabulary)
+
+
+def texts(tokenizer: Any, requests: Sequence[Request]) -> list[list[int]]:
+    """Prefix, request and right reply of each, as tokens."""
+    return [
+        prompt.prefix_tokens(tokenizer, request.tools)
+        + prompt.request_tokens(tokenizer, request.messages)
+        + (prompt.reply_tokens(tokenizer, request) if request.expected else [])
+        for request in requests
+    ]
+
+
+def pytorch_logits(folder: Path, tokens: Sequence[list[int]]) -> list[Logits]:
+    model, _ = load_tuned(folder)
+    with torch.inference_mode():
+        return [model(input_ids=torch.tensor([row])).logits[0].numpy() for row in tokens]
+
+
+def onnx_logits(folder: Path, tokens: Sequence[list[int]]) -> list[Logits]:
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    inputs = session.get_inputs()
+    logits = []
+    for row in tokens:
+        feed: dict[str, Any] = {
+            "input_ids": np.array([row], np.int64),
+            "attention_mask": np.ones((1, len(row)), np.int64),
+        }
+        for found in inputs:
+            if found.name.startswith("past_key_values"):
+                feed[found.name] = np.zeros((1, found.shape[1], 0, found.shape[3]), np.float32)
+            elif found.name == "position_ids":
+                feed[found.name] = np.arange(len(row), dtype=np.int64)[None]
+        logits.append(session.run(["logits"], feed)[0][0])
+    return logits
+
+
+def parity(tuned: Path, exported: Path, requests: Sequence[Request], max_new_tokens: int) -> dict[str, float]:
+    """Largest difference of a logit, and share of equal greedy replies, against PyTorch."""
+    from pipeline.runtime.caller import ToolCaller, load_runtime
+
+    tokenizer = AutoTokenizer.from_pretrained(tuned, trust_remote_code=False)
+    rows = texts(tokenizer, requests)
+    pairs = zip(pytorch_logits(tuned, rows), onnx_logits(exported, rows), strict=True)
+    difference = max(float(np.abs(one - other).max()) for one, other in pairs)
+    replies = []
+    for folder in (tuned, exported):
+        caller = ToolCaller(load_runtime(folder, "cpu", torch.get_num_threads()), tokenizer, ())
+        replies.append([caller.reply(r.messages, r.tools, max_new_tokens).text for r in requests])
+    same = sum(one == other for one, other in zip(*replies, strict=True))
+    return {"max_logit_difference": difference, "same_reply_fraction": same / len(requests)}
+
+
+def closeness(reference: Path, other: Path, requests: Sequence[Request]) -> dict[str, float]:
+    """Share of equal greedy tokens and mean KL divergence in nats, over prompts and right replies."""
+    tokenizer = AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
+    rows = texts(tokenizer, requests)
+    same = divergence = positions = 0.0
+    for one, two in zip(onnx_logits(reference, rows), onnx_logits(other, rows), strict=True):
+        p, q = _log_softmax(one), _log_softmax(two)
+        same += float((p.argmax(-1) == q.argmax(-1)).sum())
+        divergence += float((np.exp(p) * (p - q)).sum())
+        positions += len(p)
+    return {"same_token_fraction": same / positions, "kl_divergence": divergence / positions}
+
+
+def _log_softmax(logits: Logits) -> NDArray[np.float64]:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(-1, keepdims=True)
+    return np.asarray(wide - np.log(np.exp(wide).sum(-1, keepdims=True)))
