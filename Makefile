@@ -22,7 +22,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 run: install ## go through every stage of dvc.yaml that is not up to date
-	$(BIN)/dvc repro
+	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 
 test: install ## pass every test
 	$(BIN)/python -m pytest

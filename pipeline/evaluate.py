@@ -75,6 +75,8 @@ def run(paths: config.Paths, out: Path, variant: str, cfg: EvaluateConfig) -> di
     replies_file = out.with_suffix(".replies.jsonl")
     metrics = {"variant": variant, **measures(requests, rows)}
     reference = out.with_name(f"{REFERENCE}.replies.jsonl")
+    if variant == REFERENCE:
+        metrics["different_from_torch"] = different(out.with_name("torch-fp32.replies.jsonl"), rows)
     if variant in ("int8", "int4"):
         metrics["mcnemar_p_vs_fp32"] = compare(reference, rows)
     files.write_jsonl(replies_file, rows)
@@ -111,8 +113,7 @@ def row(request: Request, text: str, confidence: float) -> dict[str, Any]:
         "outcome": score.outcome(text, request.tools, request.expected, request.accept),
         "right_tool": (made.name if made else None) == (request.expected.name if request.expected else None)
         and replies.attempts_call(text) == (request.expected is not None),
-        "valid": not replies.attempts_call(text)
-        or (made is not None and score.is_valid(made, request.tools)),
+        "valid": not replies.attempts_call(text) or (made is not None and score.is_valid(made, request.tools)),
         "called": replies.attempts_call(text),
         "confidence": confidence,
         "reply": text,
@@ -162,9 +163,15 @@ def compare(reference: Path, rows: Sequence[dict[str, Any]]) -> float | None:
     if other.keys() != {row["id"] for row in rows}:
         return None
     exact = score.Outcome.EXACT
-    return mcnemar_p(
-        [other[row["id"]]["outcome"] == exact for row in rows], [row["outcome"] == exact for row in rows]
-    )
+    return mcnemar_p([other[row["id"]]["outcome"] == exact for row in rows], [row["outcome"] == exact for row in rows])
+
+
+def different(other: Path, rows: Sequence[dict[str, Any]]) -> list[str] | None:
+    """Ids of the requests whose replies differ; None where the other variant was not scored on them."""
+    if not other.exists():
+        return None
+    texts = {found["id"]: found["reply"] for _, found in files.read_jsonl(other)}
+    return [row["id"] for row in rows if row["reply"] != texts.get(row["id"])]
 
 
 @hydra.main(version_base="1.3", config_path="..", config_name="params")

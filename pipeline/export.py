@@ -43,8 +43,7 @@ class Params:
 
 def run(tuned: Path, requests_file: Path, models: Path, report: Path, cfg: ExportConfig) -> dict[str, Any]:
     requests = [
-        parse_request(value, (), where)
-        for where, value in islice(files.read_jsonl(requests_file), cfg.prompts)
+        parse_request(value, (), where) for where, value in islice(files.read_jsonl(requests_file), cfg.prompts)
     ]
     metrics: dict[str, Any] = {}
     exporters = {"onnx": onnx_export.export_portable, "fused": onnx_export.export_fused}
@@ -77,9 +76,7 @@ def _require(name: str, found: dict[str, Any], cfg: ExportConfig) -> None:
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     models, reports = params.paths.models, params.paths.reports
-    run(
-        models / "tuned", params.paths.prepared / "test.jsonl", models, reports / "export.json", params.export
-    )
+    run(models / "tuned", params.paths.prepared / "test.jsonl", models, reports / "export.json", params.export)
 
 
 if __name__ == "__main__":

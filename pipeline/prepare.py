@@ -113,9 +113,7 @@ def read_slots(folder: Path) -> dict[str, list[Record]]:
     return slots
 
 
-def split(
-    phrasings: list[Phrasing], fraction: float, rng: random.Random
-) -> tuple[list[Phrasing], list[Phrasing]]:
+def split(phrasings: list[Phrasing], fraction: float, rng: random.Random) -> tuple[list[Phrasing], list[Phrasing]]:
     """Held out and kept, by phrasing, so that no template is on both sides; both of every category.
 
     Raises ValueError where a category has too few phrasings to give each part one.
@@ -152,9 +150,7 @@ def make(
         while len(requests) < n:
             tries += 1
             if tries > 20 * n + 1000:
-                raise ValueError(
-                    f"only {len(requests)} of {n} requests differ: more phrasings or slots are needed"
-                )
+                raise ValueError(f"only {len(requests)} of {n} requests differ: more phrasings or slots are needed")
             phrasing = rng.choice(kinds[rng.choices(names, weights)[0]])
             request = fill(phrasing, slots, tools, cfg, (len(requests), rng))
             if _text(request) in taken:

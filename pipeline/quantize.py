@@ -35,9 +35,7 @@ class VariantConfig:
         config.require_one_of("quantize.VARIANT.block_size", self.block_size, [16, 32, 64, 128, 256])
         config.require_one_of("quantize.VARIANT.accuracy_level", self.accuracy_level, [0, 1, 2, 3, 4])
         if self.algorithm == "k_quant" and (self.bits, self.block_size, self.symmetric) != (4, 32, False):
-            raise ValueError(
-                "quantize.VARIANT.algorithm k_quant is 4 bits, block_size 32, symmetric false only"
-            )
+            raise ValueError("quantize.VARIANT.algorithm k_quant is 4 bits, block_size 32, symmetric false only")
 
 
 @dataclass
@@ -60,9 +58,7 @@ class Params:
         config.require_one_of("variant", self.variant, ["int8", "int4"])
 
 
-def run(
-    fused: Path, prepared: Path, out: Path, report: Path, variant: str, cfg: QuantizeConfig
-) -> dict[str, Any]:
+def run(fused: Path, prepared: Path, out: Path, report: Path, variant: str, cfg: QuantizeConfig) -> dict[str, Any]:
     settings: VariantConfig = getattr(cfg, variant)
     requests = [
         parse_request(value, (), where)

@@ -84,9 +84,7 @@ class PrefixTrainer(Trainer):
 def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainConfig) -> dict[str, Any]:
     torch.manual_seed(cfg.seed)
     model, tokenizer = base.load_tuned(base_folder)
-    examples = {
-        name: read_examples(prepared / f"{name}.jsonl", tokenizer) for name in ("train", "validation")
-    }
+    examples = {name: read_examples(prepared / f"{name}.jsonl", tokenizer) for name in ("train", "validation")}
     log.info("training on %d requests, %d to validate", len(examples["train"]), len(examples["validation"]))
     if cfg.method == "lora":
         model.enable_input_require_grads()
@@ -102,9 +100,7 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
         )
     checkpoints = _checkpoints(out, base_folder, prepared, cfg)
     start = time.perf_counter()
-    with Live(
-        str(report.with_suffix("")), dvcyaml=None, report=None, save_dvc_exp=False, resume=True
-    ) as live:
+    with Live(str(report.with_suffix("")), dvcyaml=None, report=None, save_dvc_exp=False, resume=True) as live:
         trainer = make_trainer(model, examples, tokenizer.pad_token_id, checkpoints, cfg)
         trainer.add_callback(DVCLiveCallback(live=live))
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)))

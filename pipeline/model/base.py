@@ -22,8 +22,7 @@ HUB = re.compile(r"hf:(?P<name>[\w.-]+(/[\w.-]+)?)@(?P<revision>[\w.-]+)")
 def check_source(base: str) -> None:
     if not (PYPI.fullmatch(base) or HUB.fullmatch(base) or base.startswith("path:")):
         raise ValueError(
-            "model.base must be pypi:PACKAGE==VERSION#FILE.gguf, hf:ORG/NAME@REVISION or path:FOLDER, "
-            f"got {base!r}"
+            f"model.base must be pypi:PACKAGE==VERSION#FILE.gguf, hf:ORG/NAME@REVISION or path:FOLDER, got {base!r}"
         )
 
 

@@ -17,9 +17,7 @@ def export_portable(tuned: Path, out: Path) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracer warnings about Python control flow, checked by parity
-        main_export(
-            str(tuned), out, task="text-generation-with-past", do_validation=False, trust_remote_code=False
-        )
+        main_export(str(tuned), out, task="text-generation-with-past", do_validation=False, trust_remote_code=False)
     copy_tokenizer(tuned, out)
     files.write_json(out / "toolcaller.json", {"runtime": "portable"})
 

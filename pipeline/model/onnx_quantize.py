@@ -62,9 +62,7 @@ def _share_embedding(model: onnx.ModelProto, cfg: Any) -> None:
     """Gather the embedding from the head's quantized weight, instead of keeping it in float beside it."""
     graph = model.graph
     head = next((node for node in graph.node if node.output[0] == "logits"), None)
-    embed = next(
-        (node for node in graph.node if node.op_type == "Gather" and "embed_tokens" in node.name), None
-    )
+    embed = next((node for node in graph.node if node.op_type == "Gather" and "embed_tokens" in node.name), None)
     transpose = next((node for node in graph.node if embed and node.output[0] == embed.input[0]), None)
     if head is None or head.op_type != "MatMulNBits" or embed is None or transpose is None:
         raise RuntimeError("the graph's embedding is not its head's weight: it cannot be stored once")

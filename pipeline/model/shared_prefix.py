@@ -51,9 +51,7 @@ def tensors(group: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
     shortest = min(example.reply_at for example in group)
     first = group[0].tokens
     # One token at least stays in the rows, to predict the first reply token from.
-    shared = next(
-        (at for at in range(shortest - 1) if any(row.tokens[at] != first[at] for row in group)), shortest - 1
-    )
+    shared = next((at for at in range(shortest - 1) if any(row.tokens[at] != first[at] for row in group)), shortest - 1)
     shared = min(shared, max(row.prefix for row in group))
     longest = max(len(row.tokens) for row in group) - shared
     tokens = torch.full((len(group), longest), pad)

@@ -60,13 +60,9 @@ class PortableRuntime:
             new = [token.id]
 
     def _empty(self) -> dict[str, NDArray[np.float32]]:
-        return {
-            name: np.zeros((1, heads, 0, size), np.float32) for name, (heads, size) in self._heads.items()
-        }
+        return {name: np.zeros((1, heads, 0, size), np.float32) for name, (heads, size) in self._heads.items()}
 
-    def _extend(
-        self, past: dict[str, Any], new: list[int], length: int
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    def _extend(self, past: dict[str, Any], new: list[int], length: int) -> tuple[NDArray[np.float32], dict[str, Any]]:
         feed: dict[str, Any] = {
             "input_ids": np.array([new], np.int64),
             "attention_mask": np.ones((1, length + len(new)), np.int64),

@@ -75,9 +75,7 @@ def _parse_messages(value: Any, where: str) -> tuple[Message, ...]:
         match message:
             case {"role": "user" | "assistant" | "tool", "content": str()}:
                 continue
-        raise ValueError(
-            f"{where}: expected role user, assistant or tool and a text as content, got {message!r}"
-        )
+        raise ValueError(f"{where}: expected role user, assistant or tool and a text as content, got {message!r}")
     if value[-1]["role"] not in ("user", "tool"):
         raise ValueError(f"{where}: must end with the user, got role {value[-1]['role']!r}")
     return tuple(value)

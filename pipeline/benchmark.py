@@ -1,0 +1,184 @@
+"""Stage `benchmark`: how fast whole calls are, request in to parsed call out, and what they take.
+
+Reads the variant's model and data/prepared/test.jsonl; writes reports/benchmark/{variant}.json and
+the raw samples beside it. Variants are compared within one run on one machine.
+"""
+
+import logging
+import random
+import resource
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import onnxruntime
+from omegaconf import DictConfig
+
+from pipeline import config, files
+from pipeline.bench.load import serve
+from pipeline.bench.statistics import percentiles
+from pipeline.provenance import provenance
+from pipeline.runtime.caller import Reply, ToolCaller
+from pipeline.toolcall.conversation import Request, parse_request
+
+log = logging.getLogger(__name__)
+
+FOLDERS = {"torch-fp32": "tuned", "onnx-fp32": "onnx", "fused-fp32": "fused", "int8": "int8", "int4": "int4"}
+PREFILL_TOKENS = 256
+
+
+@dataclass
+class BenchmarkConfig:
+    device: str  # auto: CUDA where ONNX Runtime offers it
+    threads: int
+    warmup_calls: int
+    min_calls: int  # a run lasts until both this count
+    min_s: float  # and this time are reached
+    concurrency: list[int]
+    calls_per_client: int
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        config.require_one_of("benchmark.device", self.device, ["auto", "cpu", "cuda"])
+        config.require_range("benchmark.threads", self.threads, 1, 1024)
+        config.require_range("benchmark.warmup_calls", self.warmup_calls, 0, 1000)
+        config.require_range("benchmark.min_calls", self.min_calls, 2, 1_000_000)
+        config.require_range("benchmark.min_s", self.min_s, 0, 86_400)
+        config.require_range("benchmark.calls_per_client", self.calls_per_client, 1, 1000)
+        config.require_range("benchmark.max_new_tokens", self.max_new_tokens, 2, 100_000)
+        for clients in self.concurrency:
+            config.require_range("benchmark.concurrency", clients, 1, 10_000)
+
+
+@dataclass
+class Params:
+    paths: config.Paths
+    variant: str
+    benchmark: BenchmarkConfig
+
+    def __post_init__(self) -> None:
+        config.require_one_of("variant", self.variant, list(FOLDERS))
+
+
+def run(paths: config.Paths, requests_file: Path, report: Path, variant: str, cfg: BenchmarkConfig) -> Any:
+    device = choose_device(cfg.device)
+    requests = [parse_request(value, (), where) for where, value in files.read_jsonl(requests_file)]
+    random.Random(0).shuffle(requests)  # every variant gets the same mixture of tools
+    folder = paths.models / FOLDERS[variant]
+    start = time.perf_counter()
+    caller = ToolCaller.load(folder, paths.tools, device, cfg.threads)
+    load_s = time.perf_counter() - start
+    log.info("%s on %s", variant, device)
+    for request in requests[: cfg.warmup_calls]:
+        ask(caller, request, cfg)
+    made = one_client(caller, requests, cfg)
+    by_concurrency = [many_clients(caller, requests, clients, cfg) for clients in cfg.concurrency]
+    decode = sum(reply.new_tokens - 1 for reply in made) / sum(reply.total_s - reply.first_token_s for reply in made)
+    weights = sum(p.stat().st_size for p in [*folder.glob("model.onnx*"), *folder.glob("*.safetensors")])
+    metrics: dict[str, Any] = {
+        "variant": variant,
+        "device": device,
+        "model_bytes": weights,
+        "load_s": load_s,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "gpu_peak_bytes": None,
+        "gpu_utilisation_fraction": None,
+        "calls": len(made),
+        "mean_new_tokens": float(np.mean([reply.new_tokens for reply in made])),
+        "call_s": percentiles([reply.total_s for reply in made]),
+        "first_token_s": percentiles([reply.first_token_s for reply in made]),
+        "prefill_tokens_per_s": prefill_tokens_per_s(caller),
+        "decode_tokens_per_s": decode,
+        "bandwidth_fraction": decode * weights / read_bandwidth_bytes_per_s(cfg.threads),
+        "by_concurrency": by_concurrency,
+    }
+    files.write_json(report.with_suffix(".samples.json"), {"call_s": [reply.total_s for reply in made]})
+    files.write_json(report, metrics | {"provenance": provenance(cfg)})
+    log.info("%s: p50 %.0f ms over %d calls", variant, 1e3 * metrics["call_s"]["p50"], len(made))
+    return metrics
+
+
+def choose_device(wanted: str) -> str:
+    """Raises RuntimeError for CUDA where there is none: a CPU's numbers must not pass for a GPU's."""
+    offered = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if wanted == "cuda" and not offered:
+        found = onnxruntime.get_available_providers()
+        raise RuntimeError(f"benchmark.device is cuda, but ONNX Runtime offers only {found}")
+    return "cuda" if offered and wanted != "cpu" else "cpu"
+
+
+def ask(caller: ToolCaller, request: Request, cfg: BenchmarkConfig) -> Reply:
+    return caller.reply(request.messages, request.tools, cfg.max_new_tokens)
+
+
+def one_client(caller: ToolCaller, requests: list[Request], cfg: BenchmarkConfig) -> list[Reply]:
+    made: list[Reply] = []
+    start = time.perf_counter()
+    while len(made) < cfg.min_calls or time.perf_counter() - start < cfg.min_s:
+        made.append(ask(caller, requests[len(made) % len(requests)], cfg))
+    return made
+
+
+def many_clients(caller: ToolCaller, requests: list[Request], clients: int, cfg: BenchmarkConfig) -> dict[str, Any]:
+    """Requests wait for their turn: until there is batching, the model answers one at a time."""
+    turn = threading.Lock()
+    tokens = 0
+
+    def call(number: int) -> None:
+        nonlocal tokens
+        with turn:
+            tokens += ask(caller, requests[number % len(requests)], cfg).new_tokens
+
+    served = serve(call, clients, max(clients * cfg.calls_per_client, cfg.min_calls))
+    found = percentiles(served.call_s)
+    return {
+        "concurrency": clients,
+        "calls_per_s": len(served.call_s) / served.wall_s,
+        "new_tokens_per_s": tokens / served.wall_s,
+        "p50_s": found["p50"],
+        "p95_s": found["p95"],
+        "error_fraction": served.errors / (served.errors + len(served.call_s)),
+    }
+
+
+def prefill_tokens_per_s(caller: ToolCaller) -> float:
+    """Median of five prompts of random tokens, with no prefix to reuse."""
+    rng = np.random.default_rng(0)
+    times = []
+    for _ in range(5):
+        prompt = rng.integers(100, 1000, PREFILL_TOKENS).tolist()
+        start = time.perf_counter()
+        next(iter(caller.runtime.generate(prompt[:1], prompt[1:])))
+        times.append(time.perf_counter() - start)
+    return PREFILL_TOKENS / float(np.median(times))
+
+
+def read_bandwidth_bytes_per_s(threads: int) -> float:
+    """Best of five sums over 256 MiB a thread: what reading the weights once a token is limited by."""
+    block = np.ones(32 * 2**20, np.float64)
+    times = []
+    for _ in range(5):
+        readers = [threading.Thread(target=block.sum) for _ in range(threads)]
+        start = time.perf_counter()
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        times.append(time.perf_counter() - start)
+    return threads * block.nbytes / min(times)
+
+
+@hydra.main(version_base="1.3", config_path="..", config_name="params")
+def main(raw: DictConfig) -> None:
+    params = config.load(raw, Params)
+    paths = params.paths
+    report = paths.reports / "benchmark" / f"{params.variant}.json"
+    run(paths, paths.prepared / "test.jsonl", report, params.variant, params.benchmark)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Stage `cost`: what a million tokens, a thousand calls and a day's traffic cost on a rented machine.
+
+Reads reports/evaluate, reports/benchmark and the prices in params; writes reports/cost.json.
+"""
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from pipeline import config, files
+from pipeline.bench.price import usd_per_million_tokens
+from pipeline.provenance import provenance
+
+log = logging.getLogger(__name__)
+
+VARIANTS = ("torch-fp32", "onnx-fp32", "fused-fp32", "int8", "int4")
+BASELINE = "torch-fp32"
+
+
+@dataclass
+class Machine:
+    usd_per_hour: float
+    provider: str
+    date: str
+    source: str
+
+
+@dataclass
+class CostConfig:
+    machine: str
+    machines: dict[str, Machine]
+    utilisation: float
+    p95_limit_s: float
+    tokens_per_day: int
+
+    def __post_init__(self) -> None:
+        config.require_one_of("cost.machine", self.machine, list(self.machines))
+        config.require_range("cost.utilisation", self.utilisation, 0.001, 1)
+        config.require_range("cost.p95_limit_s", self.p95_limit_s, 0.001, 86_400)
+        config.require_range("cost.tokens_per_day", self.tokens_per_day, 1, 10**15)
+
+
+@dataclass
+class Params:
+    paths: config.Paths
+    cost: CostConfig
+
+
+def run(reports: Path, report: Path, cfg: CostConfig) -> dict[str, Any]:
+    variants = {
+        name: price(
+            files.read_json(reports / "benchmark" / f"{name}.json"),
+            files.read_json(reports / "evaluate" / f"{name}.json"),
+            cfg,
+        )
+        for name in VARIANTS
+    }
+    baseline = variants[BASELINE]["usd_per_million_tokens"]
+    for found in variants.values():
+        found["savings_fraction"] = 1 - found["usd_per_million_tokens"] / baseline
+    metrics = {"machine": {"name": cfg.machine, **asdict(cfg.machines[cfg.machine])}, "variants": variants}
+    files.write_json(report, metrics | {"provenance": provenance(cfg)})
+    return metrics
+
+
+def price(benchmark: dict[str, Any], evaluate: dict[str, Any], cfg: CostConfig) -> dict[str, Any]:
+    """At the highest concurrency whose p95 is within cost.p95_limit_s; at the lowest where none is.
+
+    The last is said in `within_p95_limit`.
+    """
+    levels = sorted(benchmark["by_concurrency"], key=lambda level: int(level["concurrency"]))
+    within = [level for level in levels if level["p95_s"] <= cfg.p95_limit_s]
+    level = within[-1] if within else levels[0]
+    per_hour = cfg.machines[cfg.machine].usd_per_hour
+    per_million = usd_per_million_tokens(per_hour, level["new_tokens_per_s"], cfg.utilisation)
+    per_thousand = per_hour / (level["calls_per_s"] * cfg.utilisation * 3600) * 1000
+    exact = evaluate["exact_call_fraction"]
+    per_day = per_million * cfg.tokens_per_day / 1e6
+    return {
+        "concurrency": level["concurrency"],
+        "within_p95_limit": bool(within),
+        "usd_per_million_tokens": per_million,
+        "usd_per_thousand_calls": per_thousand,
+        "usd_per_thousand_correct_calls": per_thousand / exact if exact else None,
+        "usd_per_day": per_day,
+        "usd_per_month": per_day * 365.25 / 12,
+        "usd_per_year": per_day * 365.25,
+    }
+
+
+@hydra.main(version_base="1.3", config_path="..", config_name="params")
+def main(raw: DictConfig) -> None:
+    params = config.load(raw, Params)
+    run(params.paths.reports, params.paths.reports / "cost.json", params.cost)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+import torch
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipeline.model.shared_prefix import Example, groups, loss, tensors
+
+
+def tiny_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+GROUP = [
+    Example([1, 2, 3, 4, 10, 11, 20, 21, 22], 6, 4),
+    Example([1, 2, 3, 4, 12, 23], 5, 4),
+    Example([1, 2, 3, 4, 13, 14, 15, 24, 25], 7, 4),
+]
+
+
+def test_loss_and_gradient_are_those_of_the_plain_batch() -> None:
+    model = tiny_model()
+    loss(model, tensors(GROUP, pad=0)).backward()  # type: ignore[no-untyped-call]
+    shared = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    terms = []
+    for row in GROUP:
+        logits = model(input_ids=torch.tensor([row.tokens])).logits[0]
+        predicted = logits[row.reply_at - 1 : -1]
+        terms.append(functional.cross_entropy(predicted, torch.tensor(row.tokens[row.reply_at :]), reduction="none"))
+    plain = torch.cat(terms).mean()
+    plain.backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(loss(model, tensors(GROUP, pad=0)), plain)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(shared[name], weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_groups_hold_every_example_once() -> None:
+    rare = [Example([9, 8, n, 3], 3, 2 + n % 2) for n in range(5)]
+    found = groups(GROUP * 10 + rare, size=8)
+    assert sorted(at for group in found for at in group) == list(range(35))
+    assert max(len(group) for group in found) == 8

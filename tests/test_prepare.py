@@ -1,0 +1,67 @@
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline import files
+from pipeline.prepare import Phrasing, PrepareConfig, add_noise, read_requests, run, split
+from pipeline.toolcall.slots import Draw
+
+ROOT = Path(__file__).parents[1]
+CFG = PrepareConfig(0, 400, 0.15, 0.2, 0.1, 0.2, 0.25, 0.15)
+
+
+def test_draw_is_the_same_within_a_request_and_another_with_a_number() -> None:
+    slots = {"n": [{"v": n} for n in range(1000)]}
+    filled = Draw(slots, random.Random(0), "x:1").fill(["{{n.v}}", "is {{n.v}}", "{{n#2.v}}"])
+    assert filled[1] == f"is {filled[0]}"
+    assert isinstance(filled[0], int)
+    assert filled[2] != filled[0]
+
+
+def test_draw_names_an_unknown_slot() -> None:
+    with pytest.raises(ValueError, match="x:1: no slot 'path'"):
+        Draw({}, random.Random(0), "x:1").fill("show {{path}}")
+
+
+def test_noise_leaves_slots_whole() -> None:
+    text = "Please Search {{dir}} for {{literal.text}} today."
+    for seed in range(50):
+        noisy = add_noise(text, random.Random(seed))
+        assert re.findall(r"\{\{.*?\}\}", noisy) == ["{{dir}}", "{{literal.text}}"]
+
+
+def test_split_refuses_too_few_phrasings() -> None:
+    with pytest.raises(ValueError, match="leave a part empty"):
+        split([Phrasing("x:1", {"category": "Read"})], 0.15, random.Random(0))
+
+
+def test_run_shares_no_text_between_splits(tmp_path: Path) -> None:
+    metrics = run(ROOT / "data/tools.json", ROOT / "data/requests", tmp_path / "out", tmp_path / "prepare.json", CFG)
+    assert metrics["requests"] == {"train": 340, "validation": 60, "test": 420, "validation-hand": 140}
+    assert metrics["overlap"] == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "train.jsonl",
+        "validation.jsonl",
+        "test.jsonl",
+        "validation-hand.jsonl",
+    }
+
+
+def test_read_requests_names_the_line_of_a_twin(tmp_path: Path) -> None:
+    line = {"id": "a", "category": "none", "messages": [{"role": "user", "content": "hi"}], "expected": None}
+    files.write_jsonl(tmp_path / "r.jsonl", [line, line])
+    with pytest.raises(ValueError, match=r"r\.jsonl:2: id: 'a' stands in the file twice"):
+        read_requests(tmp_path / "r.jsonl", ())
+
+
+def test_read_requests_names_the_line_that_is_no_json(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text("{nope\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"r\.jsonl:1: not JSON"):
+        read_requests(tmp_path / "r.jsonl", ())
+
+
+def test_setting_out_of_range_names_key_and_range() -> None:
+    with pytest.raises(ValueError, match=r"prepare\.validation_fraction must lie in \[0.01, 0.5\], got 0.9"):
+        PrepareConfig(0, 400, 0.9, 0.2, 0.1, 0.2, 0.25, 0.15)
