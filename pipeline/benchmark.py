@@ -146,11 +146,11 @@ def many_clients(caller: ToolCaller, requests: list[Request], clients: int, cfg:
 
 
 def prefill_tokens_per_s(caller: ToolCaller) -> float:
-    """Median of five prompts of random tokens, with no prefix to reuse."""
+    """Median of five prompts of random tokens, with a prefix of one token only."""
     rng = np.random.default_rng(0)
     times = []
     for _ in range(5):
-        prompt = rng.integers(100, 1000, PREFILL_TOKENS).tolist()
+        prompt = rng.integers(0, len(caller.tokenizer), PREFILL_TOKENS).tolist()
         start = time.perf_counter()
         next(iter(caller.runtime.generate(prompt[:1], prompt[1:])))
         times.append(time.perf_counter() - start)
