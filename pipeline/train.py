@@ -6,6 +6,7 @@ and the loss curves in reports/train. Interrupted, it goes on from its last chec
 
 import logging
 import random
+import resource
 import shutil
 import time
 from collections.abc import Sequence
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import psutil
 import torch
 from datasets import Dataset
 from dvclive import Live
@@ -114,7 +114,7 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
         "train_requests": len(examples["train"]),
         "validation_requests": len(examples["validation"]),
         "bfloat16_autocast": trainer.args.bf16,
-        "peak_rss_bytes": psutil.Process().memory_info().rss,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     tuned = trainer.model.merge_and_unload() if cfg.method == "lora" else trainer.model
     with files.whole_folder(out) as folder:
