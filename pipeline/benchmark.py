@@ -23,11 +23,13 @@ from pipeline.bench.load import serve
 from pipeline.bench.statistics import percentiles
 from pipeline.provenance import provenance
 from pipeline.runtime.caller import Reply, ToolCaller
+from pipeline.runtime.generation import ALL, PLAIN, NullRuntime
 from pipeline.toolcall.conversation import Request, parse_request
 
 log = logging.getLogger(__name__)
 
 FOLDERS = {"torch-fp32": "tuned", "onnx-fp32": "onnx", "fused-fp32": "fused", "int8": "int8", "int4": "int4"}
+TECHNIQUES = {"torch-fp32": PLAIN, "onnx-fp32": PLAIN, "fused-fp32": ALL, "int8": ALL, "int4": ALL}
 PREFILL_TOKENS = 256
 
 
@@ -36,8 +38,8 @@ class BenchmarkConfig:
     device: str  # auto: CUDA where ONNX Runtime offers it
     threads: int
     warmup_calls: int
-    min_calls: int  # a run lasts until both this count
-    min_s: float  # and this time are reached
+    requests: int  # test requests to measure with, evenly spaced through the file
+    min_s: float  # whole passes over them are made until this time is reached
     concurrency: list[int]
     calls_per_client: int
     max_new_tokens: int
@@ -46,7 +48,7 @@ class BenchmarkConfig:
         config.require_one_of("benchmark.device", self.device, ["auto", "cpu", "cuda"])
         config.require_range("benchmark.threads", self.threads, 1, 1024)
         config.require_range("benchmark.warmup_calls", self.warmup_calls, 0, 1000)
-        config.require_range("benchmark.min_calls", self.min_calls, 2, 1_000_000)
+        config.require_range("benchmark.requests", self.requests, 1, 1_000_000)
         config.require_range("benchmark.min_s", self.min_s, 0, 86_400)
         config.require_range("benchmark.calls_per_client", self.calls_per_client, 1, 1000)
         config.require_range("benchmark.max_new_tokens", self.max_new_tokens, 2, 100_000)
@@ -66,11 +68,11 @@ class Params:
 
 def run(paths: config.Paths, requests_file: Path, report: Path, variant: str, cfg: BenchmarkConfig) -> Any:
     device = choose_device(cfg.device)
-    requests = [parse_request(value, (), where) for where, value in files.read_jsonl(requests_file)]
-    random.Random(0).shuffle(requests)  # every variant gets the same mixture of tools
+    requests = [parse_request(value, (), where) for where, value in files.read_spread(requests_file, cfg.requests)]
+    random.Random(0).shuffle(requests)
     folder = paths.models / FOLDERS[variant]
     start = time.perf_counter()
-    caller = ToolCaller.load(folder, paths.tools, device, cfg.threads)
+    caller = ToolCaller.load(folder, paths.tools, device, cfg.threads, TECHNIQUES[variant])
     load_s = time.perf_counter() - start
     log.info("%s on %s", variant, device)
     for request in requests[: cfg.warmup_calls]:
@@ -94,6 +96,7 @@ def run(paths: config.Paths, requests_file: Path, report: Path, variant: str, cf
         "prefill_tokens_per_s": prefill_tokens_per_s(caller),
         "decode_tokens_per_s": decode,
         "bandwidth_fraction": decode * weights / read_bandwidth_bytes_per_s(cfg.threads),
+        "harness_call_s": harness_call_s(caller, requests[0], cfg),
         "by_concurrency": by_concurrency,
     }
     files.write_json(report.with_suffix(".samples.json"), {"call_s": [reply.total_s for reply in made]})
@@ -116,11 +119,20 @@ def ask(caller: ToolCaller, request: Request, cfg: BenchmarkConfig) -> Reply:
 
 
 def one_client(caller: ToolCaller, requests: list[Request], cfg: BenchmarkConfig) -> list[Reply]:
+    """Whole passes, so that the percentiles of every variant are over the same requests."""
     made: list[Reply] = []
     start = time.perf_counter()
-    while len(made) < cfg.min_calls or time.perf_counter() - start < cfg.min_s:
-        made.append(ask(caller, requests[len(made) % len(requests)], cfg))
+    while not made or time.perf_counter() - start < cfg.min_s:
+        made += [ask(caller, request, cfg) for request in requests]
     return made
+
+
+def harness_call_s(caller: ToolCaller, request: Request, cfg: BenchmarkConfig) -> float:
+    """Median time of a call whose tokens are known beforehand: what of a call is ours, not the model's."""
+    ids = caller.tokenizer.encode(ask(caller, request, cfg).text, add_special_tokens=False)
+    runtime = NullRuntime([*ids, caller.tokenizer.eos_token_id], len(caller.tokenizer))
+    null = ToolCaller(runtime, caller.tokenizer, caller.tools, caller.techniques)
+    return percentiles([ask(null, request, cfg).total_s for _ in range(100)])["p50"]
 
 
 def many_clients(caller: ToolCaller, requests: list[Request], clients: int, cfg: BenchmarkConfig) -> dict[str, Any]:
@@ -133,7 +145,7 @@ def many_clients(caller: ToolCaller, requests: list[Request], clients: int, cfg:
         with turn:
             tokens += ask(caller, requests[number % len(requests)], cfg).new_tokens
 
-    served = serve(call, clients, max(clients * cfg.calls_per_client, cfg.min_calls))
+    served = serve(call, clients, max(clients * cfg.calls_per_client, len(requests)))
     found = percentiles(served.call_s)
     return {
         "concurrency": clients,
@@ -152,7 +164,8 @@ def prefill_tokens_per_s(caller: ToolCaller) -> float:
     for _ in range(5):
         prompt = rng.integers(0, len(caller.tokenizer), PREFILL_TOKENS).tolist()
         start = time.perf_counter()
-        next(iter(caller.runtime.generate(prompt[:1], prompt[1:])))
+        caller.runtime.begin(prompt[:1])
+        caller.runtime.step(prompt[1:], 1, 1)
         times.append(time.perf_counter() - start)
     return PREFILL_TOKENS / float(np.median(times))
 

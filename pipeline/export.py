@@ -6,7 +6,6 @@ Reads models/tuned and test prompts; writes models/onnx (optimum's portable grap
 
 import logging
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +41,7 @@ class Params:
 
 
 def run(tuned: Path, requests_file: Path, models: Path, report: Path, cfg: ExportConfig) -> dict[str, Any]:
-    requests = [
-        parse_request(value, (), where) for where, value in islice(files.read_jsonl(requests_file), cfg.prompts)
-    ]
+    requests = [parse_request(value, (), where) for where, value in files.read_spread(requests_file, cfg.prompts)]
     metrics: dict[str, Any] = {}
     exporters = {"onnx": onnx_export.export_portable, "fused": onnx_export.export_fused}
     for name, export in exporters.items():

@@ -32,6 +32,12 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"{path}:{number}: not JSON: {error.msg}: {line[:80]!r}") from error
 
 
+def read_spread(path: Path, n: int) -> list[tuple[str, Any]]:
+    """At most `n` lines as of read_jsonl, evenly spaced: a file in order of category gives each its share."""
+    rows = list(read_jsonl(path))
+    return [rows[at * len(rows) // n] for at in range(n)] if n < len(rows) else rows
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` with sorted keys. NaN and infinity raise ValueError: they are not JSON."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)

@@ -8,6 +8,7 @@ import logging
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from pipeline.toolcall.tool import Tool, parse_tools
 log = logging.getLogger(__name__)
 
 HAND_WRITTEN = ("test", "validation-hand")
-VARIATIONS = 12
+VARIATIONS = 3  # per tool that is called
 
 
 @dataclass
@@ -144,6 +145,7 @@ def make(
     kinds = _by_kind(phrasings)
     names = sorted(kinds)
     weights = _weights(names, cfg)
+    turns = {name: _endless(kinds[name], rng) for name in names}
     requests: list[Request] = []
     tries = 0
     with tqdm(total=n, desc="making requests", mininterval=2) as progress:
@@ -151,7 +153,7 @@ def make(
             tries += 1
             if tries > 20 * n + 1000:
                 raise ValueError(f"only {len(requests)} of {n} requests differ: more phrasings or slots are needed")
-            phrasing = rng.choice(kinds[rng.choices(names, weights)[0]])
+            phrasing = next(turns[rng.choices(names, weights)[0]])
             request = fill(phrasing, slots, tools, cfg, (len(requests), rng))
             if _text(request) in taken:
                 continue
@@ -159,6 +161,12 @@ def make(
             requests.append(request)
             progress.update()
     return requests
+
+
+def _endless(phrasings: list[Phrasing], rng: random.Random) -> Iterator[Phrasing]:
+    """Each in turn, in a new order every round: none is left out while another comes twice."""
+    while True:
+        yield from rng.sample(phrasings, len(phrasings))
 
 
 def _weights(names: list[str], cfg: PrepareConfig) -> list[float]:

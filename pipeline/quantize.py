@@ -1,21 +1,23 @@
 """Stage `quantize`: the fused graph with its weights in 8 or 4 bits.
 
-Reads models/fused and validation requests; writes models/{variant} and reports/quantize/{variant}.json.
+Reads models/fused, training requests to calibrate on and validation requests to compare on;
+writes models/{variant} and reports/quantize/{variant}.json.
 """
 
 import logging
 import time
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import hydra
 from omegaconf import DictConfig
+from transformers import AutoTokenizer
 
 from pipeline import config, files
 from pipeline.model import agreement, onnx_export, onnx_quantize
 from pipeline.provenance import provenance
+from pipeline.toolcall import prompt
 from pipeline.toolcall.conversation import parse_request
 
 log = logging.getLogger(__name__)
@@ -28,14 +30,23 @@ class VariantConfig:
     block_size: int
     symmetric: bool
     accuracy_level: int  # 0: as the weights' scales, 4: computes in int8
+    dynamic: bool  # 8-bit activations too, but for the head and float_inputs matrix products
+    smoothing: float  # share of the activations' unevenness that goes into the weights, where dynamic
+    float_inputs: int  # how many matrix products, those with the most uneven inputs, stay weight-only
 
     def __post_init__(self) -> None:
         config.require_one_of("quantize.VARIANT.bits", self.bits, [4, 8])
-        config.require_one_of("quantize.VARIANT.algorithm", self.algorithm, ["rtn", "k_quant"])
+        config.require_one_of("quantize.VARIANT.algorithm", self.algorithm, ["rtn", "k_quant", "gptq"])
         config.require_one_of("quantize.VARIANT.block_size", self.block_size, [16, 32, 64, 128, 256])
         config.require_one_of("quantize.VARIANT.accuracy_level", self.accuracy_level, [0, 1, 2, 3, 4])
         if self.algorithm == "k_quant" and (self.bits, self.block_size, self.symmetric) != (4, 32, False):
             raise ValueError("quantize.VARIANT.algorithm k_quant is 4 bits, block_size 32, symmetric false only")
+        if self.algorithm == "gptq" and not self.symmetric:
+            raise ValueError("quantize.VARIANT.algorithm gptq is symmetric true only")
+        if self.dynamic and (self.bits, self.algorithm) != (8, "rtn"):
+            raise ValueError("quantize.VARIANT.dynamic is 8 bits, algorithm rtn only")
+        config.require_range("quantize.VARIANT.smoothing", self.smoothing, 0, 1)
+        config.require_range("quantize.VARIANT.float_inputs", self.float_inputs, 0, 100_000)
 
 
 @dataclass
@@ -43,8 +54,10 @@ class QuantizeConfig:
     int8: VariantConfig
     int4: VariantConfig
     prompts: int  # hand-written validation requests to compare with fp32 on
+    calibration_requests: int  # training requests to see activations on, where dynamic or gptq
 
     def __post_init__(self) -> None:
+        config.require_range("quantize.calibration_requests", self.calibration_requests, 1, 100_000)
         config.require_range("quantize.prompts", self.prompts, 1, 100_000)
 
 
@@ -60,14 +73,13 @@ class Params:
 
 def run(fused: Path, prepared: Path, out: Path, report: Path, variant: str, cfg: QuantizeConfig) -> dict[str, Any]:
     settings: VariantConfig = getattr(cfg, variant)
-    requests = [
-        parse_request(value, (), where)
-        for where, value in islice(files.read_jsonl(prepared / "validation-hand.jsonl"), cfg.prompts)
-    ]
+    rows = files.read_spread(prepared / "validation-hand.jsonl", cfg.prompts)
+    requests = [parse_request(value, (), where) for where, value in rows]
     log.info("quantizing to %s: %s", variant, settings)
     start = time.perf_counter()
     with files.whole_folder(out) as folder:
-        counts = onnx_quantize.quantize(fused / "model.onnx", folder / "model.onnx", settings)
+        texts = calibration_texts(fused, prepared / "train.jsonl", cfg.calibration_requests)
+        counts = onnx_quantize.quantize(fused / "model.onnx", folder / "model.onnx", settings, texts)
         onnx_export.copy_tokenizer(fused, folder)
         files.write_json(folder / "toolcaller.json", {"runtime": "fused", "quantize": asdict(settings)})
         model_bytes, fp32_bytes = graph_bytes(folder), graph_bytes(fused)
@@ -76,7 +88,7 @@ def run(fused: Path, prepared: Path, out: Path, report: Path, variant: str, cfg:
             "model_bytes": model_bytes,
             "fp32_bytes": fp32_bytes,
             "size_fraction": model_bytes / fp32_bytes,
-            "weights_by_bits": {str(bits): n for bits, n in sorted(counts.items()) if n},
+            "weights_by_bits": {bits: n for bits, n in sorted(counts.items()) if n},
             "settings": asdict(settings),
             "quantize_s": time.perf_counter() - start,
             **agreement.closeness(fused, folder, requests),
@@ -84,6 +96,19 @@ def run(fused: Path, prepared: Path, out: Path, report: Path, variant: str, cfg:
     files.write_json(report, metrics | {"provenance": provenance(settings)})
     log.info("%s: %.1f%% of fp32's bytes", variant, 100 * model_bytes / fp32_bytes)
     return metrics
+
+
+def calibration_texts(fused: Path, requests: Path, n: int) -> list[tuple[list[int], int]]:
+    """Tokens of `n` requests with their replies, and how many of them are a prefix that was seen before."""
+    tokenizer = AutoTokenizer.from_pretrained(fused, trust_remote_code=False)
+    found = [parse_request(value, (), where) for where, value in files.read_spread(requests, n)]
+    seen: set[tuple[int, ...]] = set()
+    texts = []
+    for request, tokens in zip(found, agreement.texts(tokenizer, found), strict=True):
+        prefix = tuple(prompt.prefix_tokens(tokenizer, request.tools))
+        texts.append((tokens, len(prefix) if prefix in seen else 0))
+        seen.add(prefix)
+    return texts
 
 
 def graph_bytes(folder: Path) -> int:

@@ -87,8 +87,9 @@ def markdown(found: dict[str, Any], cfg: ReportConfig) -> str:
             "## How it was measured",
             f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB. A call is "
             "request in to parsed call out, greedy, with the tools' prefix cached; each variant in a process of "
-            "its own, all in one run. Clients wait their turn: there is no batching yet. Training: "
-            f"{found['train']['train_requests']} requests, {found['train']['train_s'] / 60:.0f} minutes. "
+            f"its own, all in one run. Of a call {1e3 * bench['harness_call_s']:.1f} ms are not the model's (measured "
+            "with a runtime whose tokens are known beforehand). Clients wait their turn: there is no batching yet. "
+            f"Training: {found['train']['train_requests']} requests, {found['train']['train_s'] / 60:.0f} minutes. "
             f"Price: {found['cost']['machine']['name']} at {found['cost']['machine']['usd_per_hour']} USD an hour "
             f"({found['cost']['machine']['provider']}, {found['cost']['machine']['date']}).",
             *(f"![{name}](plots/{name}.png)" for name in ("loss", "accuracy", "latency", "throughput", "size", "cost")),

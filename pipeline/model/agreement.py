@@ -35,25 +35,29 @@ def pytorch_logits(folder: Path, tokens: Sequence[list[int]]) -> list[Logits]:
 
 def onnx_logits(folder: Path, tokens: Sequence[list[int]]) -> list[Logits]:
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    inputs = session.get_inputs()
-    logits = []
-    for row in tokens:
-        feed: dict[str, Any] = {
-            "input_ids": np.array([row], np.int64),
-            "attention_mask": np.ones((1, len(row)), np.int64),
-        }
-        for found in inputs:
-            if found.name.startswith("past_key_values"):
-                feed[found.name] = np.zeros((1, found.shape[1], 0, found.shape[3]), np.float32)
-            elif found.name == "position_ids":
-                feed[found.name] = np.arange(len(row), dtype=np.int64)[None]
-        logits.append(session.run(["logits"], feed)[0][0])
-    return logits
+    return [session.run(["logits"], feed(session, row))[0][0] for row in tokens]
+
+
+def feed(session: onnxruntime.InferenceSession, tokens: list[int]) -> dict[str, Any]:
+    """The inputs of a decoder graph for a text from its beginning."""
+    values: dict[str, Any] = {
+        "input_ids": np.array([tokens], np.int64),
+        "attention_mask": np.ones((1, len(tokens)), np.int64),
+    }
+    for found in session.get_inputs():
+        if found.name.startswith("past_key_values"):
+            values[found.name] = np.zeros((1, found.shape[1], 0, found.shape[3]), np.float32)
+        elif found.name == "keep":
+            values["keep"] = np.array([len(tokens)], np.int64)
+        elif found.name == "position_ids":
+            values[found.name] = np.arange(len(tokens), dtype=np.int64)[None]
+    return values
 
 
 def parity(tuned: Path, exported: Path, requests: Sequence[Request], max_new_tokens: int) -> dict[str, float]:
     """Largest difference of a logit, and share of equal greedy replies, against PyTorch."""
     from pipeline.runtime.caller import ToolCaller, load_runtime
+    from pipeline.runtime.generation import PLAIN
 
     tokenizer = AutoTokenizer.from_pretrained(tuned, trust_remote_code=False)
     rows = texts(tokenizer, requests)
@@ -61,7 +65,7 @@ def parity(tuned: Path, exported: Path, requests: Sequence[Request], max_new_tok
     difference = max(float(np.abs(one - other).max()) for one, other in pairs)
     replies = []
     for folder in (tuned, exported):
-        caller = ToolCaller(load_runtime(folder, "cpu", torch.get_num_threads()), tokenizer, ())
+        caller = ToolCaller(load_runtime(folder, "cpu", torch.get_num_threads()), tokenizer, (), PLAIN)
         replies.append([caller.reply(r.messages, r.tools, max_new_tokens).text for r in requests])
     same = sum(one == other for one, other in zip(*replies, strict=True))
     return {"max_logit_difference": difference, "same_reply_fraction": same / len(requests)}

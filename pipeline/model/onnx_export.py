@@ -7,6 +7,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import numpy as np
+import onnx
+
 from pipeline import files
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab*", "merges.txt")
@@ -31,8 +34,29 @@ def export_fused(tuned: Path, out: Path, precision: str = "fp32", device: str = 
         local = {"hf_remote": False, "hf_token": "false"}
         create_model("", str(tuned), str(out), precision, device, cache, **local)
     (out / "genai_config.json").unlink()
+    _keep_last(out / "model.onnx")
     copy_tokenizer(tuned, out)
     files.write_json(out / "toolcaller.json", {"runtime": "fused"})
+
+
+def _keep_last(path: Path) -> None:
+    """Give the graph an input `keep` (1,): how many of the last positions to compute logits for.
+
+    The head is a fifth of the arithmetic, and of a prompt only the last position is asked for.
+    """
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    head = next(node for node in graph.node if node.output[0] == "logits")
+    graph.input.append(onnx.helper.make_tensor_value_info("keep", onnx.TensorProto.INT64, [1]))
+    for name, value in (("keep.end", np.iinfo(np.int64).max), ("keep.axis", 1)):
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int64), name))
+    negative = onnx.helper.make_node("Neg", ["keep"], ["keep.start"])
+    cut = onnx.helper.make_node("Slice", [head.input[0], "keep.start", "keep.end", "keep.axis"], ["kept"])
+    head.input[0] = "kept"
+    at = list(graph.node).index(head)
+    graph.node.insert(at, cut)
+    graph.node.insert(at, negative)
+    onnx.save(model, path)
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:

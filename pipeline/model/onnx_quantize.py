@@ -1,25 +1,39 @@
-"""Weight-only quantization of the fused graph: all MatMuls, and the embedding, stored once."""
+"""Quantization of the fused graph: all MatMuls, and the embedding, stored once."""
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 from onnxruntime.quantization.quant_utils import QuantFormat
 
+from pipeline.model import onnx_calibration, onnx_dynamic
+from pipeline.model.gptq import gptq
 
-def quantize(source: Path, out: Path, cfg: Any) -> Counter[int]:
+Rows = Sequence[tuple[list[int], int]]  # texts to calibrate on, as onnx_calibration.activations takes them
+
+
+def quantize(source: Path, out: Path, cfg: Any, rows: Rows) -> Counter[str]:
     """Write the graph at `source` with its weights in `cfg.bits` to `out`; counts weights by bits.
 
-    `cfg` has bits, algorithm, block_size, symmetric and accuracy_level. Source of the operators: onnxruntime,
-    docs/ContribOperators.md, MatMulNBits and GatherBlockQuantized.
+    `cfg` is a VariantConfig of the stage. Source of the operators: onnxruntime, docs/ContribOperators.md,
+    MatMulNBits, DynamicQuantizeMatMul and GatherBlockQuantized.
 
     Raises RuntimeError where nothing was quantized, or where the embedding is not the head's weight.
     """
     model = onnx.load(source)
+    dynamic: set[str] = set()
+    if cfg.dynamic or cfg.algorithm == "gptq":
+        seen = onnx_calibration.activations(source, rows, gram=cfg.algorithm == "gptq")
+        if cfg.dynamic:
+            dynamic = _make_dynamic(model, seen, cfg)
+        if cfg.algorithm == "gptq":
+            _round_by_gptq(model, seen, cfg)
     quantizer = nbits.MatMulNBitsQuantizer(
         model,
         bits=cfg.bits,
@@ -31,8 +45,9 @@ def quantize(source: Path, out: Path, cfg: Any) -> Counter[int]:
     quantizer.process()
     quantized = quantizer.model.model
     _share_embedding(quantized, cfg)
+    _drop_unused(quantized.graph)
     counts = weights_by_bits(quantized)
-    if not counts[cfg.bits]:
+    if not counts[str(cfg.bits)] + len(dynamic):
         raise RuntimeError(f"nothing was quantized to {cfg.bits} bits; weights by bits: {dict(counts)}")
     onnx.save(
         quantized,
@@ -44,6 +59,51 @@ def quantize(source: Path, out: Path, cfg: Any) -> Counter[int]:
         convert_attribute=False,
     )
     return counts
+
+
+def _make_dynamic(model: onnx.ModelProto, seen: onnx_calibration.Activations, cfg: Any) -> set[str]:
+    """The MatMuls made so: all but the head and those with the most uneven inputs."""
+    after = onnx_dynamic.smooth(model, seen.largest, cfg.smoothing)
+    body = [node for node in model.graph.node if node.op_type == "MatMul" and node.output[0] != "logits"]
+    body.sort(key=lambda node: onnx_dynamic.unevenness(after[node.input[0]]), reverse=True)
+    names = {node.name for node in body[cfg.float_inputs :]}
+    onnx_dynamic.to_dynamic(model, names)
+    return names
+
+
+def _round_by_gptq(model: onnx.ModelProto, seen: onnx_calibration.Activations, cfg: Any) -> None:
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "MatMul":
+            weight = numpy_helper.to_array(weights[node.input[1]])
+            codes, scales = gptq(weight, seen.gram[node.input[0]], cfg.bits, cfg.block_size)
+            model.graph.initializer.extend(_pack(node, codes, scales, cfg))
+
+
+def _pack(node: onnx.NodeProto, codes: Any, scales: Any, cfg: Any) -> list[onnx.TensorProto]:
+    """Make `node` a MatMulNBits of `codes` (inputs, outputs); its two new tensors."""
+    inputs, outputs = codes.shape
+    packed = codes.T.reshape(outputs, inputs // cfg.block_size, cfg.block_size)
+    if cfg.bits == 4:
+        packed = packed[:, :, ::2] | (packed[:, :, 1::2] << 4)
+    weight, scale = f"{node.input[1]}_Q{cfg.bits}", f"{node.input[1]}_scales"
+    made = helper.make_node(
+        "MatMulNBits",
+        [node.input[0], weight, scale],
+        list(node.output),
+        name=node.name,
+        domain="com.microsoft",
+        K=inputs,
+        N=outputs,
+        bits=cfg.bits,
+        block_size=cfg.block_size,
+        accuracy_level=cfg.accuracy_level,
+    )
+    node.CopyFrom(made)
+    return [
+        numpy_helper.from_array(np.ascontiguousarray(packed), weight),
+        numpy_helper.from_array(np.ascontiguousarray(scales.T).reshape(-1), scale),
+    ]
 
 
 def _algorithm(cfg: Any) -> Any:
@@ -97,9 +157,13 @@ def _share_embedding(model: onnx.ModelProto, cfg: Any) -> None:
     graph.node.insert(at, gather)
     graph.node.insert(at, weight)
     graph.node.remove(transpose)
-    left = next((tensor for tensor in graph.initializer if tensor.name == transpose.input[0]), None)
-    if left is not None:
-        graph.initializer.remove(left)
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    used = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
 
 
 def _reshape_initializer(tensor: onnx.TensorProto, shape: list[int]) -> None:
@@ -107,14 +171,16 @@ def _reshape_initializer(tensor: onnx.TensorProto, shape: list[int]) -> None:
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
 
-def weights_by_bits(model: onnx.ModelProto) -> Counter[int]:
-    """How many weights the graph's matrix products keep in each number of bits (32 for a plain MatMul)."""
+def weights_by_bits(model: onnx.ModelProto) -> Counter[str]:
+    """How many weights the graph's matrix products keep in each form: 4, 8, "8 dynamic", or 32 where plain."""
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
-    counts: Counter[int] = Counter()
+    counts: Counter[str] = Counter()
     for node in model.graph.node:
         if node.op_type in ("MatMul", "Gather"):
-            counts[32] += sum(sizes.get(name, 0) for name in node.input)
+            counts["32"] += sum(sizes.get(name, 0) for name in node.input)
+        elif node.op_type == "DynamicQuantizeMatMul":
+            counts["8 dynamic"] += sizes[node.input[1]]
         elif node.op_type == "MatMulNBits":
             found = {attribute.name: attribute.i for attribute in node.attribute}
-            counts[found.get("bits", 4)] += found["K"] * found["N"]
+            counts[str(found.get("bits", 4))] += found["K"] * found["N"]
     return counts

@@ -23,10 +23,11 @@ class Example:
     prefix: int  # how many of the tokens are the tools' prefix
 
 
-def groups(examples: Sequence[Example], size: int) -> list[list[int]]:
-    """Indices of `examples` in groups of about `size`: equal prefixes together, then of like length.
+def groups(examples: Sequence[Example], tokens: int) -> list[list[int]]:
+    """Indices of `examples` in groups of at most `tokens`, padding included, or of one long example.
 
-    What is left over of rare prefixes makes smaller groups, since nothing much is shared there.
+    Equal prefixes come together, then like lengths. What is left over of rare prefixes makes groups of
+    its own, of twice the tokens, since little is shared there and half of them are prefixes.
     """
     by_prefix: dict[tuple[int, ...], list[int]] = {}
     for at, example in enumerate(examples):
@@ -34,16 +35,20 @@ def groups(examples: Sequence[Example], size: int) -> list[list[int]]:
     full: list[list[int]] = []
     rest: list[int] = []
     for members in by_prefix.values():
-        if len(members) < size // 4:
+        if sum(len(examples[at].tokens) - examples[at].prefix for at in members) < tokens // 4:
             rest += members
         else:
-            full += _cut(members, examples, size)
-    return full + _cut(rest, examples, max(1, size // 4))
+            full += _cut(members, [len(row.tokens) - row.prefix for row in examples], tokens)
+    return full + _cut(rest, [len(row.tokens) for row in examples], 2 * tokens)
 
 
-def _cut(members: list[int], examples: Sequence[Example], size: int) -> list[list[int]]:
-    members = sorted(members, key=lambda at: len(examples[at].tokens))
-    return [members[at : at + size] for at in range(0, len(members), size)]
+def _cut(members: list[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    cut: list[list[int]] = []
+    for at in sorted(members, key=lengths.__getitem__):
+        if not cut or (len(cut[-1]) + 1) * lengths[at] > tokens:  # in order of length: this one is the longest
+            cut.append([])
+        cut[-1].append(at)
+    return cut
 
 
 def tensors(group: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
@@ -68,22 +73,19 @@ def tensors(group: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
 def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean negative log-likelihood of the reply tokens in nats. `model` is a transformers causal LM."""
     prefix, tokens, labels = batch["prefix"], batch["tokens"], batch["labels"]
-    past = None
+    decoder, past = model.get_decoder(), None
     if prefix.shape[1]:
-        past = model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
+        past = decoder(input_ids=prefix, use_cache=True).past_key_values
         past.batch_repeat_interleave(len(tokens))
     positions = torch.arange(prefix.shape[1], prefix.shape[1] + tokens.shape[1], device=tokens.device)
-    predicting = labels[:, 1:] != IGNORED
-    # The head is a fifth of the arithmetic: only the positions before the first reply token are left out
-    # for all rows at once, as transformers allows; rows are of like length, so little is wasted.
-    first = int(predicting.any(0).nonzero()[0])
-    output = model(
+    hidden = decoder(
         input_ids=tokens,
         attention_mask=batch["mask"],
         position_ids=positions[None].expand(len(tokens), -1),
         past_key_values=past,
         use_cache=past is not None,
-        logits_to_keep=tokens.shape[1] - first,
-    )
-    logits = output.logits[:, :-1][predicting[:, first:]]
+    ).last_hidden_state
+    # The head is a fifth of the arithmetic and most of the memory: it sees only what predicts a reply token.
+    predicting = labels[:, 1:] != IGNORED
+    logits = model.get_output_embeddings()(hidden[:, :-1][predicting])
     return functional.cross_entropy(logits.float(), labels[:, 1:][predicting])

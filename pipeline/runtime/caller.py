@@ -5,6 +5,7 @@ reply = caller.reply("Find TODO in src")
 reply.call.name, reply.call.arguments, reply.confidence, reply.total_s
 """
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -15,9 +16,10 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from pipeline import files
-from pipeline.runtime.generation import Runtime, Token
+from pipeline.runtime.generation import ALL, Prompt, Runtime, Techniques, Token, generate
 from pipeline.toolcall import prompt
 from pipeline.toolcall.conversation import Message
+from pipeline.toolcall.grammar import Grammar
 from pipeline.toolcall.reply import parse_call
 from pipeline.toolcall.tool import Tool, ToolCall, parse_tools
 
@@ -34,14 +36,16 @@ class Reply:
     prompt_tokens: int  # the prefix, whose cache is kept, apart
     new_tokens: int
     finished: bool  # False: cut off at max_new_tokens
+    changed: bool  # by the grammar: the model alone would have broken the call's form
 
 
 class ToolCaller:
     """Not for several threads at once: its KV cache is one request's."""
 
-    def __init__(self, runtime: Runtime, tokenizer: Any, tools: tuple[Tool, ...]) -> None:
-        self.runtime, self.tokenizer, self.tools = runtime, tokenizer, tools
-        self._prefixes: dict[tuple[str, ...], list[int]] = {}
+    def __init__(self, runtime: Runtime, tokenizer: Any, tools: tuple[Tool, ...], techniques: Techniques = ALL) -> None:
+        self.runtime, self.tokenizer, self.tools, self.techniques = runtime, tokenizer, tools, techniques
+        self._prefixes: dict[str, list[int]] = {}
+        self._grammars: dict[str, Grammar] = {}
 
     @classmethod
     def load(
@@ -50,12 +54,13 @@ class ToolCaller:
         tools: Path | str = "data/tools.json",
         device: str = "cpu",
         threads: int = 2,
+        techniques: Techniques = ALL,
     ) -> "ToolCaller":
         """Raises FileNotFoundError where `folder` holds no model that a stage of this project wrote."""
         folder = Path(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         found = parse_tools(files.read_json(Path(tools)), str(tools))
-        return cls(load_runtime(folder, device, threads), tokenizer, found)
+        return cls(load_runtime(folder, device, threads), tokenizer, found, techniques)
 
     def reply(
         self,
@@ -65,43 +70,65 @@ class ToolCaller:
     ) -> Reply:
         """Raises ValueError naming both lengths where the request does not fit the model's context."""
         start = time.perf_counter()
+        tools = tools or self.tools
+        prefix, asked = self.encode(messages, tools, max_new_tokens)
+        tokens: list[Token] = []
+        first_token_s = math.nan
+        end = self.tokenizer.eos_token_id
+        for token in generate(self.runtime, Prompt(prefix, asked, end), self._grammar(tools), self.techniques):
+            if not tokens:
+                first_token_s = time.perf_counter() - start
+            tokens.append(token)
+            if len(tokens) == max_new_tokens:
+                break
+        text, confidence = self.decode(tokens)
+        total_s = time.perf_counter() - start
+        return Reply(
+            text,
+            parse_call(text),
+            confidence,
+            first_token_s,
+            total_s,
+            len(asked),
+            len(tokens),
+            finished=tokens[-1].id == end,
+            changed=any(token.changed for token in tokens),
+        )
+
+    def encode(
+        self, messages: str | Sequence[Message], tools: tuple[Tool, ...], max_new_tokens: int
+    ) -> tuple[list[int], list[int]]:
+        """Tokens of the prefix and of the request."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        prefix = self._prefix(tools or self.tools)
+        key = _key(tools)
+        if key not in self._prefixes:
+            self._prefixes[key] = prompt.prefix_tokens(self.tokenizer, tools)
+        prefix = self._prefixes[key]
         asked = prompt.request_tokens(self.tokenizer, messages)
-        room = self.runtime.context_tokens - len(prefix) - len(asked)
-        if room < max_new_tokens:
+        if self.runtime.context_tokens < len(prefix) + len(asked) + max_new_tokens:
             raise ValueError(
                 f"a request of {len(prefix) + len(asked)} tokens and a reply of {max_new_tokens} do not fit "
                 f"the context of {self.runtime.context_tokens} tokens"
             )
-        tokens: list[Token] = []
-        first_token_s = math.nan
-        for token in self.runtime.generate(prefix, asked):
-            if not tokens:
-                first_token_s = time.perf_counter() - start
-            tokens.append(token)
-            if token.id == self.tokenizer.eos_token_id or len(tokens) == max_new_tokens:
-                break
-        finished = tokens[-1].id == self.tokenizer.eos_token_id
-        ids = [token.id for token in tokens[: -1 if finished else None]]
-        text = str(self.tokenizer.decode(ids))
-        return Reply(
-            text,
-            parse_call(text),
-            math.exp(sum(token.log_probability for token in tokens)),
-            first_token_s,
-            time.perf_counter() - start,
-            len(asked),
-            len(tokens),
-            finished,
-        )
+        return prefix, asked
 
-    def _prefix(self, tools: tuple[Tool, ...]) -> list[int]:
-        key = tuple(prompt.signature(tool) + tool.description for tool in tools)
-        if key not in self._prefixes:
-            self._prefixes[key] = prompt.prefix_tokens(self.tokenizer, tools)
-        return self._prefixes[key]
+    def _grammar(self, tools: tuple[Tool, ...]) -> Grammar | None:
+        if not self.techniques.grammar or not tools:
+            return None
+        key = _key(tools)
+        if key not in self._grammars:
+            self._grammars[key] = Grammar(self.tokenizer, tools)
+        return self._grammars[key]
+
+    def decode(self, tokens: Sequence[Token]) -> tuple[str, float]:
+        """Text and confidence of a reply."""
+        ids = [token.id for token in tokens if token.id != self.tokenizer.eos_token_id]
+        return str(self.tokenizer.decode(ids)), math.exp(sum(token.log_probability for token in tokens))
+
+
+def _key(tools: tuple[Tool, ...]) -> str:
+    return json.dumps([tool.to_json() for tool in tools])
 
 
 def load_runtime(folder: Path, device: str, threads: int) -> Runtime:

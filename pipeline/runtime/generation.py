@@ -1,4 +1,11 @@
-"""What every way to generate has in common: token ids in, tokens out, one at a time, greedily."""
+"""The decode loop, over every way to run the model: tokens in, tokens out, greedily.
+
+A tool call is short and mostly known beforehand. Three techniques use that; they change when tokens
+come, not which (the grammar apart, where the model would break a call's form):
+- the grammar holds a call to the tools' schemas;
+- tokens it forces are appended to the next step instead of being asked for one by one;
+- drafts copied from the request are checked in one step; so is the opening of a call, together with the prompt.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,26 +14,155 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.toolcall.grammar import Grammar, Guide
+
 
 @dataclass(frozen=True)
 class Token:
     id: int
-    log_probability: float  # natural logarithm, under the model as it is (temperature 1)
+    log_probability: float  # natural logarithm, under the model as it is (temperature 1); 0 where forced
+    changed: bool = False  # the grammar ruled out what the model would have chosen
+
+
+@dataclass(frozen=True)
+class Techniques:
+    grammar: bool
+    forced: bool  # append what the grammar forces in one step
+    draft_tokens: int  # at most this many copied from the request per step
+
+
+PLAIN = Techniques(grammar=False, forced=False, draft_tokens=0)
+ALL = Techniques(grammar=True, forced=True, draft_tokens=4)
 
 
 class Runtime(Protocol):
     context_tokens: int  # the longest that prefix, prompt and reply may be together
 
-    def generate(self, prefix: Sequence[int], prompt: Sequence[int]) -> Iterator[Token]:
-        """The greedy continuation of `prefix` and `prompt`, without end: the caller stops it.
+    def begin(self, prefix: Sequence[int]) -> None:
+        """Make the KV cache hold `prefix`; the last one is kept."""
 
-        The KV cache of `prefix` is kept for the next request. The seam for grammar, drafts and
-        batching: they change when tokens come, never which.
+    def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
+        """Logits (keep, vocabulary) after the last `keep` of `tokens`, which take the positions from `at` on.
+
+        What the KV cache held from `at` on is dropped.
         """
+
+
+@dataclass
+class Prompt:
+    prefix: Sequence[int]
+    asked: Sequence[int]
+    end: int  # the token that ends a reply
+
+
+def generate(runtime: Runtime, prompt: Prompt, grammar: Grammar | None, use: Techniques) -> Iterator[Token]:
+    """The greedy reply up to its end token; without one it goes on until the caller stops."""
+    runtime.begin(prompt.prefix)
+    reply = _Reply(prompt, grammar if use.grammar else None)
+    feed, draft, at = list(prompt.asked), reply.opening_draft(use), len(prompt.prefix)
+    while True:
+        logits = runtime.step([*feed, *draft], at, 1 + len(draft))
+        at += len(feed)
+        for row, guess in zip(logits, [*draft, None], strict=True):
+            token = reply.choose(row)
+            yield token
+            if reply.finished:
+                return
+            if token.id != guess:
+                break
+            at += 1
+        forced = reply.forced() if use.forced else []
+        yield from (Token(found, 0.0) for found in forced)
+        if reply.grammar_finished:
+            yield Token(prompt.end, 0.0)
+            return
+        feed = [token.id, *forced]
+        draft = reply.draft(use.draft_tokens)
+
+
+class _Reply:
+    """What has been said so far, and who holds it."""
+
+    def __init__(self, prompt: Prompt, grammar: Grammar | None) -> None:
+        self._prompt, self._grammar = prompt, grammar
+        self._guide: Guide | None = None
+        self.tokens: list[int] = []
+
+    @property
+    def finished(self) -> bool:
+        return self.tokens[-1] == self._prompt.end
+
+    @property
+    def grammar_finished(self) -> bool:
+        return self._guide is not None and self._guide.finished
+
+    def opening_draft(self, use: Techniques) -> list[int]:
+        return self._grammar.opening if self._grammar and use.forced else []
+
+    def choose(self, logits: NDArray[np.float32]) -> Token:
+        if self._guide:
+            best = self._guide.best(logits)
+            token = Token(best, _log_probability(logits, best), self._guide.changed)
+        else:
+            token = greedy(logits)
+        self._take([token.id])
+        return token
+
+    def forced(self) -> list[int]:
+        found = self._guide.forced() if self._guide else []
+        if found:
+            self._take(found)
+        return found
+
+    def draft(self, n: int) -> list[int]:
+        """What follows, in the request, the longest match of the reply's last tokens there."""
+        asked = list(self._prompt.asked)
+        for length in (3, 2, 1) if n and self._guide else ():
+            tail = self.tokens[-length:]
+            for start in range(len(asked) - length, -1, -1):
+                if asked[start : start + length] == tail:
+                    return asked[start + length : start + length + n]
+        return []
+
+    def _take(self, tokens: list[int]) -> None:
+        self.tokens += tokens
+        if self._guide:
+            self._guide.accept(tokens)
+        elif self._grammar and self.tokens == self._grammar.opening:
+            self._guide = self._grammar.start()
+            self._guide.accept(self.tokens)
 
 
 def greedy(logits: NDArray[np.float32]) -> Token:
     """`logits`: (vocabulary,)."""
     best = int(logits.argmax())
-    top = float(logits[best])
-    return Token(best, -float(np.log(np.exp(logits - top, dtype=np.float32).sum(dtype=np.float64))))
+    return Token(best, _log_probability(logits, best))
+
+
+def _log_probability(logits: NDArray[np.float32], token: int) -> float:
+    top = float(logits.max())
+    total = float(np.log(np.exp(logits - top, dtype=np.float32).sum(dtype=np.float64)))
+    return float(logits[token]) - top - total
+
+
+class NullRuntime:
+    """Says the same to every request: with it the benchmark measures itself."""
+
+    context_tokens = 1_000_000
+
+    def __init__(self, reply: Sequence[int], vocabulary: int) -> None:
+        self._reply, self._vocabulary = reply, vocabulary
+        self._prompt_end = -1
+
+    def begin(self, prefix: Sequence[int]) -> None:
+        del prefix
+        self._prompt_end = -1
+
+    def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
+        if self._prompt_end < 0:
+            self._prompt_end = at + len(tokens) - keep + 1
+        logits = np.zeros((keep, self._vocabulary), np.float32)
+        first = at + len(tokens) - keep + 1 - self._prompt_end
+        for row in range(keep):
+            logits[row, self._reply[min(first + row, len(self._reply) - 1)]] = 1.0
+        return logits

@@ -1,6 +1,6 @@
 """ONNX Runtime: the portable graph, whose past is copied at each step, and the fused one, whose is not."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from pipeline import files
-from pipeline.runtime.generation import Token, greedy
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -45,24 +44,28 @@ class PortableRuntime:
         self._outputs = ["logits", *(name.replace("past_key_values", "present") for name in self._heads)]
         self.context_tokens = int(files.read_json(folder / "config.json")["max_position_embeddings"])
         self._prefix: list[int] = []
-        self._prefix_past = self._empty()
+        self._prefix_past = self._past = self._empty()
+        self._length = 0
 
-    def generate(self, prefix: Sequence[int], prompt: Sequence[int]) -> Iterator[Token]:
+    def begin(self, prefix: Sequence[int]) -> None:
         if list(prefix) != self._prefix:
+            self._prefix = []  # stays empty if the next line fails
             self._prefix_past = self._extend(self._empty(), list(prefix), 0)[1]
             self._prefix = list(prefix)
-        past, new, length = self._prefix_past, list(prompt), len(prefix)
-        while True:
-            logits, past = self._extend(past, new, length)
-            length += len(new)
-            token = greedy(logits)
-            yield token
-            new = [token.id]
+        self._past, self._length = self._prefix_past, len(prefix)
+
+    def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
+        if at < self._length:
+            self._past = {name: value[:, :, :at] for name, value in self._past.items()}
+        logits, self._past = self._extend(self._past, list(tokens), at)
+        self._length = at + len(tokens)
+        return logits[-keep:]
 
     def _empty(self) -> dict[str, NDArray[np.float32]]:
         return {name: np.zeros((1, heads, 0, size), np.float32) for name, (heads, size) in self._heads.items()}
 
     def _extend(self, past: dict[str, Any], new: list[int], length: int) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Logits (tokens, vocabulary) of `new` and the past that has them."""
         feed: dict[str, Any] = {
             "input_ids": np.array([new], np.int64),
             "attention_mask": np.ones((1, length + len(new)), np.int64),
@@ -71,7 +74,7 @@ class PortableRuntime:
         if "position_ids" in self._inputs:
             feed["position_ids"] = np.arange(length, length + len(new), dtype=np.int64)[None]
         logits, *present = self._session.run(self._outputs, feed)
-        return logits[0, -1], dict(zip(past, present, strict=True))
+        return logits[0], dict(zip(past, present, strict=True))
 
 
 class FusedRuntime:
@@ -99,24 +102,22 @@ class FusedRuntime:
         self._mask = np.ones((1, self.context_tokens), np.int64)
         self._prefix: list[int] = []
 
-    def generate(self, prefix: Sequence[int], prompt: Sequence[int]) -> Iterator[Token]:
+    def begin(self, prefix: Sequence[int]) -> None:
         if list(prefix) != self._prefix:
             self._prefix = []  # stays empty if the next line fails
-            self._extend(list(prefix), len(prefix))
+            self._extend(list(prefix), len(prefix), 1)
             self._prefix = list(prefix)
-        new, length = list(prompt), len(prefix) + len(prompt)
-        while True:
-            token = greedy(self._extend(new, length)[0, -1])
-            yield token
-            new = [token.id]
-            length += 1
 
-    def _extend(self, new: list[int], length: int) -> NDArray[np.float32]:
-        """Logits (1, tokens, vocabulary) of `new`, which end at position `length`."""
+    def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
+        return self._extend(list(tokens), at + len(tokens), keep)
+
+    def _extend(self, new: list[int], length: int, keep: int) -> NDArray[np.float32]:
+        """Logits (keep, vocabulary) after the last of `new`, which end at position `length`."""
         binding = self._binding
         binding.bind_cpu_input("input_ids", np.array([new], np.int64))
         binding.bind_cpu_input("attention_mask", np.ascontiguousarray(self._mask[:, :length]))
+        binding.bind_cpu_input("keep", np.array([keep], np.int64))
         binding.bind_output("logits", "cpu")
         self._session.run_with_iobinding(binding)
         logits: NDArray[np.float32] = binding.get_outputs()[-1].numpy()
-        return logits
+        return logits[0]

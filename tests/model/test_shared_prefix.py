@@ -44,8 +44,13 @@ def test_loss_and_gradient_are_those_of_the_plain_batch() -> None:
         torch.testing.assert_close(shared[name], weight.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_groups_hold_every_example_once() -> None:
+def test_groups_hold_every_example_once_within_the_budget() -> None:
     rare = [Example([9, 8, n, 3], 3, 2 + n % 2) for n in range(5)]
-    found = groups(GROUP * 10 + rare, size=8)
-    assert sorted(at for group in found for at in group) == list(range(35))
-    assert max(len(group) for group in found) == 8
+    long = Example([1, 2, 3, 4, *range(10, 50)], 6, 4)
+    examples = [*GROUP * 10, *rare, long]
+    found = groups(examples, tokens=20)
+    assert sorted(at for group in found for at in group) == list(range(36))
+    for group in found:
+        longest = max(len(examples[at].tokens) - 4 for at in group)
+        assert len(group) * longest <= (20 if 0 in group else 40) or len(group) == 1
+    assert min(len(group) for group in found if 0 in group) >= 20 // 5  # rows of 5 and less: four fit

@@ -1,0 +1,45 @@
+"""What enters each matrix product of a graph, over some prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from pipeline.model.agreement import feed
+
+Values = NDArray[np.float32]
+
+
+@dataclass
+class Activations:
+    largest: dict[str, Values]  # tensor name -> (channels,), of the absolute values
+    gram: dict[str, NDArray[np.float64]]  # tensor name -> (channels, channels), X transposed times X
+
+
+def activations(source: Path, rows: Sequence[tuple[list[int], int]], gram: bool) -> Activations:
+    """Of the inputs of all MatMuls of the graph at `source`.
+
+    `rows`: tokens, and how many of them to leave out at the beginning: a prefix that all share counts once.
+    """
+    model = onnx.load(source, load_external_data=False)
+    names = sorted({node.input[0] for node in model.graph.node if node.op_type == "MatMul"})
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+    watched = source.with_name("watched.onnx")  # beside the weights, which it refers to
+    onnx.save(model, watched)
+    try:
+        session = onnxruntime.InferenceSession(str(watched), providers=["CPUExecutionProvider"])
+    finally:
+        watched.unlink()
+    found = Activations({}, {})
+    for row, start in rows:
+        for name, value in zip(names, session.run(names, feed(session, row)), strict=True):
+            seen = value.reshape(-1, value.shape[-1])[start:]
+            largest = np.abs(seen).max(0)
+            found.largest[name] = np.maximum(found.largest.get(name, largest), largest)
+            if gram:
+                found.gram[name] = found.gram.get(name, 0.0) + seen.T.astype(np.float64) @ seen
+    return found

@@ -1,0 +1,115 @@
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from pipeline.model import onnx_calibration, onnx_dynamic
+from pipeline.model.agreement import onnx_logits
+from pipeline.model.gptq import encode, gptq
+from pipeline.model.onnx_quantize import quantize
+from pipeline.quantize import VariantConfig
+
+ROWS = [list(range(n, n + 40)) for n in range(0, 120, 20)]
+WEIGHTS = 2 * (64 * 128 + 64 * 64 + 3 * 64 * 128)  # of tiny_base: q, k, v as one, o, gate, up, down
+HEAD = 64 * 258
+
+
+def settings(**changed: object) -> VariantConfig:
+    values = {
+        "bits": 8,
+        "algorithm": "rtn",
+        "block_size": 32,
+        "symmetric": True,
+        "accuracy_level": 4,
+        "dynamic": False,
+        "smoothing": 0.5,
+        "float_inputs": 0,
+    }
+    return VariantConfig(**values | changed)  # type: ignore[arg-type]
+
+
+def made(fused: Path, out: Path, cfg: VariantConfig) -> Counter[str]:
+    return quantize(fused / "model.onnx", out / "model.onnx", cfg, [(row, 0) for row in ROWS])
+
+
+@pytest.mark.parametrize(
+    ("changed", "forms", "tolerance"),
+    [
+        ({}, {"8": WEIGHTS + HEAD}, 0.02),
+        ({"dynamic": True}, {"8": HEAD, "8 dynamic": WEIGHTS}, 0.05),
+        ({"dynamic": True, "float_inputs": 1}, None, 0.05),
+        ({"bits": 4}, {"4": WEIGHTS + HEAD}, 0.3),
+        ({"bits": 4, "algorithm": "gptq"}, {"4": WEIGHTS + HEAD}, 0.3),
+        ({"bits": 8, "algorithm": "gptq"}, {"8": WEIGHTS + HEAD}, 0.02),
+        ({"bits": 4, "symmetric": False}, {"4": WEIGHTS + HEAD}, 0.3),
+    ],
+)
+def test_every_weight_is_quantized_and_logits_stay_near(
+    tiny_fused: Path, tmp_path: Path, changed: dict[str, object], forms: dict[str, int] | None, tolerance: float
+) -> None:
+    counts = +made(tiny_fused, tmp_path, settings(**changed))
+    assert counts == forms or (forms is None and counts.keys() == {"8", "8 dynamic"} and counts["8"] > HEAD)
+    for expected, found in zip(onnx_logits(tiny_fused, ROWS), onnx_logits(tmp_path, ROWS), strict=True):
+        assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
+    # The embedding is the head's weight, quantized, and nothing is stored twice.
+    stored = sum(path.stat().st_size for path in tmp_path.glob("model.onnx.data"))
+    assert stored < (WEIGHTS + HEAD) * (1.4 if "4" not in counts else 0.8) + 2 * 2048 * 8 * 4 + 10_000
+
+
+def test_gptq_is_plain_rounding_when_inputs_do_not_correlate() -> None:
+    weight = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
+    codes, scales = gptq(weight, np.eye(64), bits=4, block_size=32)
+    for block in range(2):
+        rows = weight[32 * block : 32 * block + 32]
+        furthest = np.array([column[np.abs(column).argmax()] for column in rows.T])
+        np.testing.assert_allclose(scales[block], furthest / -8, rtol=1e-6)
+        np.testing.assert_array_equal(codes[32 * block : 32 * block + 32], encode(rows, furthest / -8, 4))
+
+
+def test_gptq_loses_less_than_rounding_when_inputs_correlate() -> None:
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(500, 16)) @ rng.normal(size=(16, 64)) + 0.1 * rng.normal(size=(500, 64))
+    weight = rng.normal(size=(64, 20)).astype(np.float32)
+
+    def lost(gram: np.ndarray) -> float:
+        codes, scales = gptq(weight, gram, bits=4, block_size=32)
+        rounded = (codes.astype(np.float32) - 8) * scales.repeat(32, axis=0)
+        return float(np.square(inputs @ (weight - rounded)).sum())
+
+    assert lost(inputs.T @ inputs) < 0.5 * lost(np.eye(64))
+
+
+def test_gptq_refuses_a_block_that_does_not_divide() -> None:
+    with pytest.raises(ValueError, match="block_size 48 does not divide the 64 inputs"):
+        gptq(np.zeros((64, 2), np.float32), np.eye(64), bits=4, block_size=48)
+
+
+def test_smoothing_leaves_the_function_and_evens_out(tiny_fused: Path, tmp_path: Path) -> None:
+    seen = onnx_calibration.activations(tiny_fused / "model.onnx", [(row, 0) for row in ROWS], gram=False)
+    model = onnx.load(tiny_fused / "model.onnx")
+    after = onnx_dynamic.smooth(model, seen.largest, 0.5)
+    onnx.save(model, tmp_path / "model.onnx")
+    for expected, found in zip(onnx_logits(tiny_fused, ROWS), onnx_logits(tmp_path, ROWS), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    again = onnx_calibration.activations(tmp_path / "model.onnx", [(row, 0) for row in ROWS], gram=False)
+    for name, largest in after.items():
+        np.testing.assert_allclose(again.largest[name], largest, rtol=1e-3)
+    assert sum(name in seen.largest and not np.array_equal(after[name], seen.largest[name]) for name in after) == 6
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"bits": 5}, "bits"),
+        ({"algorithm": "magic"}, "algorithm"),
+        ({"algorithm": "gptq", "symmetric": False}, "gptq is symmetric true only"),
+        ({"bits": 4, "dynamic": True}, "dynamic is 8 bits"),
+        ({"algorithm": "k_quant"}, "k_quant is 4 bits"),
+        ({"smoothing": 2.0}, "smoothing"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changed: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(**changed)

@@ -1,0 +1,123 @@
+"""Each technique changes when tokens come, never which."""
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from pipeline.runtime.generation import PLAIN, NullRuntime, Prompt, Techniques, Token, generate
+from pipeline.toolcall.grammar import Grammar
+from pipeline.toolcall.reply import parse_call
+from pipeline.toolcall.tool import Tool
+
+GRAMMAR_ONLY = Techniques(grammar=True, forced=False, draft_tokens=0)
+TOOLS = (
+    Tool(
+        "Grep",
+        "Search.",
+        {"type": "object", "properties": {"pattern": {"type": "string"}, "path": {"type": "string"}}, "required": []},
+    ),
+    Tool(
+        "Wait",
+        "Wait.",
+        {"type": "object", "properties": {"seconds": {"type": "integer"}}, "required": ["seconds"]},
+    ),
+)
+
+
+class RandomRuntime:
+    """A model with random logits that depend on all tokens before; it likes calls, and copies from its prompt."""
+
+    context_tokens = 10_000
+
+    def __init__(self, seed: int, opening: Sequence[int], liked: Sequence[int], vocabulary: int) -> None:
+        self._seed, self._opening, self._liked, self._vocabulary = seed, list(opening), list(liked), vocabulary
+        self._cache: list[int] = []
+        self._asked = 0
+        self.steps = 0
+
+    def begin(self, prefix: Sequence[int]) -> None:
+        self._cache, self._asked = list(prefix), 0
+
+    def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
+        self.steps += 1
+        assert at <= len(self._cache), "a position was left out"
+        self._cache = [*self._cache[:at], *tokens]
+        if not self._asked:  # the first step ends with the prompt and the drafts
+            self._asked = len(self._cache) - keep + 1
+        ends = range(len(self._cache) - keep + 1, len(self._cache) + 1)
+        return np.stack([self._logits(self._cache[:end]) for end in ends])
+
+    def _logits(self, before: list[int]) -> NDArray[np.float32]:
+        rng = np.random.default_rng([self._seed, *before])
+        logits = rng.normal(size=self._vocabulary).astype(np.float32)
+        logits[self._liked] += 3
+        said = before[self._asked :]
+        if len(said) < len(self._opening) and said == self._opening[: len(said)]:
+            logits[self._opening[len(said)]] += 100
+        return logits
+
+
+@pytest.fixture
+def tokenizer(tiny_base: Path) -> PreTrainedTokenizerFast:
+    found: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(tiny_base)
+    return found
+
+
+def replies(tokenizer: PreTrainedTokenizerFast, use: Techniques, seed: int) -> tuple[list[Token], int]:
+    grammar = Grammar(tokenizer, TOOLS)
+    asked = tokenizer.encode('find "ab" in cd/ef', add_special_tokens=False)
+    liked = tokenizer.encode('"abcdef}', add_special_tokens=False)
+    runtime = RandomRuntime(seed, grammar.opening, liked, len(tokenizer))
+    prompt = Prompt([1, 2, 3], asked, tokenizer.eos_token_id)
+    return list(islice(generate(runtime, prompt, grammar, use), 300)), runtime.steps
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("draft_tokens", [0, 1, 4])
+@pytest.mark.parametrize("forced", [False, True])
+def test_techniques_leave_the_reply_as_it_is(
+    tokenizer: PreTrainedTokenizerFast, seed: int, draft_tokens: int, forced: bool
+) -> None:
+    expected, steps = replies(tokenizer, GRAMMAR_ONLY, seed)
+    found, fewer = replies(tokenizer, Techniques(True, forced, draft_tokens), seed)
+    assert [token.id for token in found] == [token.id for token in expected]
+    assert fewer <= steps
+    assert fewer < steps or not forced
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_grammar_makes_every_finished_call_fit_its_tool(tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    found, _ = replies(tokenizer, GRAMMAR_ONLY, seed)
+    assert any(token.changed for token in found), "random logits would have kept to the schema by chance"
+    if found[-1].id == tokenizer.eos_token_id:
+        call = parse_call(str(tokenizer.decode([token.id for token in found[:-1]])))
+        assert call is not None
+        tool = next(tool for tool in TOOLS if tool.name == call.name)
+        assert tool.fault(call.arguments) is None
+
+
+def test_some_random_calls_finish(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Else the test above would assert nothing."""
+    ends = [replies(tokenizer, GRAMMAR_ONLY, seed)[0][-1].id for seed in range(20)]
+    assert ends.count(tokenizer.eos_token_id) >= 10
+
+
+def test_text_stays_free(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = tokenizer.encode('<tool> is no {"call"', add_special_tokens=False)
+    runtime = NullRuntime([*text, tokenizer.eos_token_id], len(tokenizer))
+    prompt = Prompt([1], [2, 3], tokenizer.eos_token_id)
+    for use in (PLAIN, Techniques(True, True, 4)):
+        found = list(generate(runtime, prompt, Grammar(tokenizer, TOOLS), use))
+        assert [token.id for token in found] == [*text, tokenizer.eos_token_id]
+        assert not any(token.changed for token in found)
+
+
+def test_grammar_names_the_tool_it_cannot_express(tokenizer: PreTrainedTokenizerFast) -> None:
+    odd = Tool("Odd", "Odd.", {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)y"}}})
+    with pytest.raises(ValueError, match="tool Odd: its parameters make no grammar"):
+        Grammar(tokenizer, [TOOLS[0], odd])

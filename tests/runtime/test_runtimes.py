@@ -1,0 +1,57 @@
+"""Every runtime gives the logits of a plain forward pass, also after going back and with a kept prefix."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.model.agreement import pytorch_logits
+from pipeline.model.base import load_tuned
+from pipeline.model.onnx_export import export_portable
+from pipeline.runtime.caller import load_runtime
+from pipeline.runtime.generation import Runtime
+from pipeline.runtime.pytorch import PytorchRuntime
+
+PREFIX, OTHER = list(range(10, 30)), list(range(60, 95))
+ASKED, WRONG, RIGHT = [1, 2, 3, 4, 5], [6, 7, 8], [9, 10]
+
+
+@pytest.fixture(scope="module")
+def tiny_onnx(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "onnx"
+    export_portable(tiny_base, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["base", "onnx", "fused"])
+@pytest.mark.filterwarnings("ignore")  # torch's exporter warns about itself
+def test_steps_give_the_logits_of_a_plain_pass(
+    kind: str, tiny_base: Path, tiny_fused: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = {"base": tiny_base, "fused": tiny_fused}.get(kind) or request.getfixturevalue("tiny_onnx")
+    runtime: Runtime = load_runtime(folder, "cpu", threads=1)
+    for prefix in (PREFIX, OTHER, OTHER, PREFIX):
+        expected = pytorch_logits(tiny_base, [[*prefix, *ASKED, *RIGHT]])[0]
+        at = len(prefix)
+        runtime.begin(prefix)
+        first = runtime.step([*ASKED, *WRONG], at, 1 + len(WRONG))
+        assert first.shape == (4, expected.shape[1])
+        np.testing.assert_allclose(first[0], expected[at + len(ASKED) - 1], atol=1e-4)
+        again = runtime.step(RIGHT, at + len(ASKED), 2)  # over the wrong ones
+        np.testing.assert_allclose(again, expected[-2:], atol=1e-4)
+
+
+def test_replies_together_are_those_alone(tiny_base: Path) -> None:
+    """Rows of different length, padded on the left, behind one prefix."""
+    model, tokenizer = load_tuned(tiny_base)
+    runtime = PytorchRuntime(tiny_base, "cpu", threads=1)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
+    found = runtime.generate_together(PREFIX, prompts, max_new_tokens=8, end=tokenizer.eos_token_id)
+    for asked, reply in zip(prompts, found, strict=True):
+        tokens = [*PREFIX, *asked]
+        with torch.inference_mode():
+            for token in reply:
+                assert int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()) == token.id
+                tokens.append(token.id)
+        assert len(reply) == 8 or reply[-1].id == tokenizer.eos_token_id
