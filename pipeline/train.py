@@ -4,6 +4,7 @@ Reads models/base and data/prepared/{train,validation}.jsonl; writes models/tune
 and the loss curves in reports/train. Interrupted, it goes on from its last checkpoint.
 """
 
+import ctypes
 import logging
 import random
 import resource
@@ -20,8 +21,7 @@ from datasets import Dataset
 from dvclive import Live
 from omegaconf import DictConfig
 from peft import LoraConfig, get_peft_model
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
-from transformers.integrations import DVCLiveCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from pipeline import config, files
@@ -48,6 +48,7 @@ class TrainConfig:
     weight_decay: float
     warmup_fraction: float  # of the steps
     epochs: float
+    text_weight: float  # of a token in a reply of text, where one in a call has 1: texts can rarely be foreseen
     tokens_per_step: int  # of the requests and replies, padding included, the tools' prefix apart
     evaluations: int  # on the validation split, over the whole training
     patience: int  # evaluations without improvement before it stops
@@ -59,6 +60,7 @@ class TrainConfig:
         config.require_range("train.weight_decay", self.weight_decay, 0, 1)
         config.require_range("train.warmup_fraction", self.warmup_fraction, 0, 1)
         config.require_range("train.epochs", self.epochs, 0.01, 1000)
+        config.require_range("train.text_weight", self.text_weight, 0, 1)
         config.require_range("train.tokens_per_step", self.tokens_per_step, 1, 1_000_000)
         config.require_range("train.evaluations", self.evaluations, 1, 1000)
         config.require_range("train.patience", self.patience, 1, 1000)
@@ -82,12 +84,29 @@ class PrefixTrainer(Trainer):
         return (found, {}) if return_outputs else found
 
 
+class LossCurves(TrainerCallback):
+    """Both losses by step, as DVC plots; transformers' own callback counts its log lines instead."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        del args, control
+        self._live.step = state.global_step
+        for key, name in (("loss", "train/loss"), ("eval_loss", "eval/loss")):
+            if key in logs:
+                self._live.log_metric(name, logs[key])
+
+
 def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainConfig) -> dict[str, Any]:
     torch.manual_seed(cfg.seed)
+    keep_freed_memory()
     model, tokenizer = base.load_tuned(base_folder)
     if not torch.cuda.is_available():
         model.set_attn_implementation("eager")  # a fifth faster on short rows than PyTorch's fused attention
-    examples = {name: read_examples(prepared / f"{name}.jsonl", tokenizer) for name in ("train", "validation")}
+    examples = {
+        name: read_examples(prepared / f"{name}.jsonl", tokenizer, cfg.text_weight) for name in ("train", "validation")
+    }
     log.info("training on %d requests, %d to validate", len(examples["train"]), len(examples["validation"]))
     if cfg.method == "lora":
         model.enable_input_require_grads()
@@ -103,10 +122,11 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
         )
     checkpoints = _checkpoints(out, base_folder, prepared, cfg)
     start = time.perf_counter()
-    with Live(str(report.with_suffix("")), dvcyaml=None, report=None, save_dvc_exp=False, resume=True) as live:
+    last = get_last_checkpoint(str(checkpoints))
+    with Live(str(report.with_suffix("")), dvcyaml=None, report=None, save_dvc_exp=False, resume=bool(last)) as live:
         trainer = make_trainer(model, examples, tokenizer.pad_token_id, checkpoints, cfg)
-        trainer.add_callback(DVCLiveCallback(live=live))
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)))
+        trainer.add_callback(LossCurves(live))
+        trainer.train(resume_from_checkpoint=last)
     metrics = {
         "train_s": time.perf_counter() - start,
         "steps": trainer.state.global_step,
@@ -129,7 +149,16 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
     return metrics
 
 
-def read_examples(path: Path, tokenizer: Any) -> list[shared_prefix.Example]:
+def keep_freed_memory() -> None:
+    """Of glibc: it hands large blocks back to the system, and getting them again took a tenth of the training."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
+
+
+def read_examples(path: Path, tokenizer: Any, text_weight: float) -> list[shared_prefix.Example]:
     prefixes: dict[str, list[int]] = {}
     examples = []
     for where, value in files.read_jsonl(path):
@@ -140,7 +169,8 @@ def read_examples(path: Path, tokenizer: Any) -> list[shared_prefix.Example]:
         prefix = prefixes[key]
         asked = prompt.request_tokens(tokenizer, request.messages)
         tokens = prefix + asked + prompt.reply_tokens(tokenizer, request)
-        examples.append(shared_prefix.Example(tokens, len(prefix) + len(asked), len(prefix)))
+        weight = 1.0 if request.expected else text_weight
+        examples.append(shared_prefix.Example(tokens, len(prefix) + len(asked), len(prefix), weight))
     return examples
 
 

@@ -21,6 +21,7 @@ class Example:
     tokens: list[int]
     reply_at: int  # tokens from here on are in the loss
     prefix: int  # how many of the tokens are the tools' prefix
+    weight: float = 1.0  # of the reply's tokens in the loss, its first apart, which decides between call and text
 
 
 def groups(examples: Sequence[Example], tokens: int) -> list[list[int]]:
@@ -52,7 +53,7 @@ def _cut(members: list[int], lengths: Sequence[int], tokens: int) -> list[list[i
 
 
 def tensors(group: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
-    """prefix (1, shared), tokens and labels (rows, longest), mask (rows, shared + longest)."""
+    """prefix (1, shared), tokens, labels and weights (rows, longest), mask (rows, shared + longest)."""
     shortest = min(example.reply_at for example in group)
     first = group[0].tokens
     # One token at least stays in the rows, to predict the first reply token from.
@@ -61,17 +62,26 @@ def tensors(group: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
     longest = max(len(row.tokens) for row in group) - shared
     tokens = torch.full((len(group), longest), pad)
     labels = torch.full((len(group), longest), IGNORED)
+    weights = torch.zeros((len(group), longest))
     mask = torch.zeros((len(group), shared + longest), dtype=torch.long)
     for at, row in enumerate(group):
         n = len(row.tokens) - shared
         tokens[at, :n] = torch.tensor(row.tokens[shared:])
         labels[at, row.reply_at - shared : n] = torch.tensor(row.tokens[row.reply_at :])
+        weights[at, row.reply_at - shared : n] = row.weight
+        weights[at, row.reply_at - shared] = 1.0
         mask[at, : shared + n] = 1
-    return {"prefix": torch.tensor([first[:shared]]), "tokens": tokens, "labels": labels, "mask": mask}
+    return {
+        "prefix": torch.tensor([first[:shared]]),
+        "tokens": tokens,
+        "labels": labels,
+        "weights": weights,
+        "mask": mask,
+    }
 
 
 def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean negative log-likelihood of the reply tokens in nats. `model` is a transformers causal LM."""
+    """Weighted mean negative log-likelihood of the reply tokens in nats. `model` is a transformers causal LM."""
     prefix, tokens, labels = batch["prefix"], batch["tokens"], batch["labels"]
     decoder, past = model.get_decoder(), None
     if prefix.shape[1]:
@@ -88,4 +98,6 @@ def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     # The head is a fifth of the arithmetic and most of the memory: it sees only what predicts a reply token.
     predicting = labels[:, 1:] != IGNORED
     logits = model.get_output_embeddings()(hidden[:, :-1][predicting])
-    return functional.cross_entropy(logits.float(), labels[:, 1:][predicting])
+    found = functional.cross_entropy(logits.float(), labels[:, 1:][predicting], reduction="none")
+    weights = batch["weights"][:, 1:][predicting]
+    return (found * weights).sum() / weights.sum()

@@ -23,7 +23,7 @@ def tiny_model() -> LlamaForCausalLM:
 GROUP = [
     Example([1, 2, 3, 4, 10, 11, 20, 21, 22], 6, 4),
     Example([1, 2, 3, 4, 12, 23], 5, 4),
-    Example([1, 2, 3, 4, 13, 14, 15, 24, 25], 7, 4),
+    Example([1, 2, 3, 4, 13, 14, 15, 24, 25, 26], 7, 4, weight=0.25),
 ]
 
 
@@ -32,12 +32,13 @@ def test_loss_and_gradient_are_those_of_the_plain_batch() -> None:
     loss(model, tensors(GROUP, pad=0)).backward()  # type: ignore[no-untyped-call]
     shared = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()
-    terms = []
+    terms, weights = [], []
     for row in GROUP:
         logits = model(input_ids=torch.tensor([row.tokens])).logits[0]
         predicted = logits[row.reply_at - 1 : -1]
         terms.append(functional.cross_entropy(predicted, torch.tensor(row.tokens[row.reply_at :]), reduction="none"))
-    plain = torch.cat(terms).mean()
+        weights += [1.0, *[row.weight] * (len(predicted) - 1)]
+    plain = (torch.cat(terms) * torch.tensor(weights)).sum() / sum(weights)
     plain.backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(loss(model, tensors(GROUP, pad=0)), plain)
     for name, weight in model.named_parameters():
