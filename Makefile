@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(if $(wildcard /proc/driver/nvidia/version),gpu,cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check
+.PHONY: help install run gate test check
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -23,6 +23,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 run: install ## go through every stage of dvc.yaml that is not up to date
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
+
+gate: install ## fail unless a variant passes the rules of params.yaml's report section
+	$(BIN)/python -m pipeline.report report.gate=true
 
 test: install ## pass every test
 	$(BIN)/python -m pytest

@@ -5,7 +5,6 @@ the replies beside it. Any requests file can be scored: evaluate.requests=FILE.j
 """
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,7 +16,8 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from pipeline import config, files
-from pipeline.bench.statistics import mcnemar_p, wilson_interval
+from pipeline.bench.accuracy import Answer, measures, row
+from pipeline.bench.statistics import mcnemar_p
 from pipeline.provenance import provenance
 from pipeline.runtime.caller import ToolCaller
 from pipeline.runtime.generation import ALL, PLAIN
@@ -64,13 +64,6 @@ class Params:
 
     def __post_init__(self) -> None:
         config.require_one_of("variant", self.variant, [*FOLDERS, KEYWORD])
-
-
-@dataclass(frozen=True)
-class Answer:
-    text: str
-    confidence: float = 1.0
-    changed: bool = False  # by the grammar
 
 
 def run(paths: config.Paths, out: Path, variant: str, cfg: EvaluateConfig) -> dict[str, Any]:
@@ -124,57 +117,6 @@ def together(
                 found |= {at: Answer(*caller.decode(tokens)) for at, tokens in zip(batch, made, strict=True)}
                 progress.update(len(batch))
     return [found[at] for at in range(len(asked))]
-
-
-def row(request: Request, answer: Answer) -> dict[str, Any]:
-    text = answer.text
-    made = replies.parse_call(text)
-    return {
-        "id": request.id,
-        "category": request.category,
-        "outcome": score.outcome(text, request.tools, request.expected, request.accept),
-        "right_tool": (made.name if made else None) == (request.expected.name if request.expected else None)
-        and replies.attempts_call(text) == (request.expected is not None),
-        "valid": not replies.attempts_call(text) or (made is not None and score.is_valid(made, request.tools)),
-        "called": replies.attempts_call(text),
-        "changed": answer.changed,
-        "confidence": answer.confidence,
-        "reply": text,
-    }
-
-
-def measures(requests: Sequence[Request], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    n = len(rows)
-    exact = [found["outcome"] == score.Outcome.EXACT for found in rows]
-    must_call = [row for row, request in zip(rows, requests, strict=True) if request.expected]
-    abstain = [row for row, request in zip(rows, requests, strict=True) if not request.expected]
-    categories = sorted({request.category for request in requests})
-    return {
-        "n": n,
-        "exact_call_fraction": sum(exact) / n,
-        "exact_call_ci95": list(wilson_interval(sum(exact), n)),
-        "right_tool_fraction": _share(rows, "right_tool"),
-        "valid_call_fraction": _share([row for row in rows if row["called"]], "valid"),
-        "must_call_fraction": _share(must_call, "called"),
-        "abstain_fraction": None if not abstain else 1 - (_share(abstain, "called") or 0),
-        "outcomes": dict(Counter(str(found["outcome"]) for found in rows)),
-        "by_category": {
-            name: {
-                "n": sum(request.category == name for request in requests),
-                "exact_call_fraction": sum(
-                    hit for hit, request in zip(exact, requests, strict=True) if request.category == name
-                )
-                / sum(request.category == name for request in requests),
-            }
-            for name in categories
-        },
-        "constraint_changed_fraction": _share(rows, "changed"),
-    }
-
-
-def _share(rows: Sequence[dict[str, Any]], key: str) -> float | None:
-    """None where there are no rows: no share is not a share of zero."""
-    return sum(bool(row[key]) for row in rows) / len(rows) if rows else None
 
 
 def compare(reference: Path, rows: Sequence[dict[str, Any]]) -> float | None:

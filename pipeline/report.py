@@ -9,27 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import matplotlib as mpl
 import pandas as pd
 from omegaconf import DictConfig
 
 from pipeline import config, files
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
+from pipeline.bench import plot
+from pipeline.provenance import provenance
 
 log = logging.getLogger(__name__)
 
 LADDER = ("torch-fp32", "onnx-fp32", "fused-fp32", "int8", "int4")
 SCORED = ("keyword", "base", *LADDER)
+PLOTS = ("loss", "accuracy", "latency", "throughput", "size", "cost", "reliability", "risk-coverage")
 BASELINE, REFERENCE = "torch-fp32", "fused-fp32"
 
 
 @dataclass
 class ReportConfig:
     max_loss_fraction: float  # of exact calls that a recommended variant may lose against fp32
+    significance: float  # one that loses, with a McNemar p below this, does not pass either
+    min_exact_fraction: float  # below this nothing is recommended
+    gate: bool  # fail where no variant passes
 
     def __post_init__(self) -> None:
+        config.require_range("report.significance", self.significance, 0, 1)
+        config.require_range("report.min_exact_fraction", self.min_exact_fraction, 0, 1)
         config.require_range("report.max_loss_fraction", self.max_loss_fraction, 0, 1)
 
 
@@ -47,58 +51,96 @@ def run(reports: Path, cfg: ReportConfig) -> None:
         "export": files.read_json(reports / "export.json"),
         "train": files.read_json(reports / "train.json"),
     }
+    faults = {name: fault(found["evaluate"][name], found["evaluate"][REFERENCE], cfg) for name in LADDER}
+    best = recommend(found, faults)
     with files.whole_folder(reports / "plots") as folder:
-        plot(found, reports, folder)
-    text = markdown(found, cfg)
+        plot.all_plots(found, reports, folder, (SCORED, LADDER))
+    text = markdown(found, faults, best, cfg)
     files.write_text(reports / "report.md", text)
     files.write_text(reports / "report.html", html(text))
-    log.info("report in %s", reports / "report.md")
+    files.write_text(reports / "examples.md", examples(reports / "evaluate"))
+    passed = {name: {"passed": why is None, "why_not": why} for name, why in faults.items()}
+    files.write_json(reports / "report.json", {"recommended": best, "variants": passed, "provenance": provenance(cfg)})
+    log.info("recommended: %s; report in %s", best, reports / "report.md")
+    if cfg.gate and best is None:
+        raise RuntimeError(f"no variant passes the gate: {faults}")
 
 
-def recommend(found: dict[str, Any], cfg: ReportConfig) -> str:
-    """The fastest variant (p50 of a call) that loses at most max_loss_fraction of exact calls to fp32."""
-    least = found["evaluate"][REFERENCE]["exact_call_fraction"] - cfg.max_loss_fraction
-    passed = [name for name in LADDER if found["evaluate"][name]["exact_call_fraction"] >= least]
-    return min(passed, key=lambda name: float(found["benchmark"][name]["call_s"]["p50"]))
+def fault(scored: dict[str, Any], reference: dict[str, Any], cfg: ReportConfig) -> str | None:
+    """Why a variant is not to be shipped, or None."""
+    exact = scored["exact_call_fraction"]
+    lost = reference["exact_call_fraction"] - exact
+    p = scored.get("mcnemar_p_vs_fp32")
+    if exact < cfg.min_exact_fraction:
+        return f"{exact:.1%} exact, under {cfg.min_exact_fraction:.0%}"
+    if lost > cfg.max_loss_fraction:
+        return f"{100 * lost:.1f} points below {REFERENCE}"
+    if lost > 0 and p is not None and p < cfg.significance:
+        return f"below {REFERENCE} beyond chance, p = {p:.3f}"
+    return None
 
 
-def markdown(found: dict[str, Any], cfg: ReportConfig) -> str:
-    best = recommend(found, cfg)
-    bench, scored = found["benchmark"][best], found["evaluate"][best]
-    machine = found["benchmark"][BASELINE]["provenance"]["machine"]
+def recommend(found: dict[str, Any], faults: dict[str, str | None]) -> str | None:
+    """The fastest variant (p50 of a call) without a fault."""
+    passed = [name for name, why in faults.items() if why is None]
+    return min(passed, key=lambda name: float(found["benchmark"][name]["call_s"]["p50"]), default=None)
+
+
+def verdict(found: dict[str, Any], best: str | None, cfg: ReportConfig) -> str:
+    rule = (
+        f"Rule: the fastest variant (p50) that has at least {cfg.min_exact_fraction:.0%} exact calls, at most "
+        f"{100 * cfg.max_loss_fraction:g} points fewer than {REFERENCE}, and not significantly fewer "
+        f"(McNemar p at least {cfg.significance:g})."
+    )
+    if best is None:
+        return f"**None passes.** {rule}"
+    bench, exact = found["benchmark"][best], found["evaluate"][best]["exact_call_fraction"]
     faster = found["benchmark"][BASELINE]["call_s"]["p50"] / bench["call_s"]["p50"]
+    return (
+        f"**{best}**: {exact:.1%} of the calls exact, p50 {1e3 * bench['call_s']['p50']:.0f} ms, {faster:.1f} times "
+        f"faster than {BASELINE}. {rule}"
+    )
+
+
+def markdown(found: dict[str, Any], faults: dict[str, str | None], best: str | None, cfg: ReportConfig) -> str:
+    bench, scored = found["benchmark"][best or REFERENCE], found["evaluate"][best or REFERENCE]
+    machine = found["benchmark"][BASELINE]["provenance"]["machine"]
     different = found["evaluate"][REFERENCE]["different_from_torch"]
     return "\n\n".join(
         [
             "# Which variant to ship",
-            f"**{best}**: {scored['exact_call_fraction']:.1%} of the calls exact, p50 "
-            f"{1e3 * bench['call_s']['p50']:.0f} ms, {faster:.1f} times faster than {BASELINE}. Rule: the "
-            f"fastest variant (p50) whose exact calls are at most {100 * cfg.max_loss_fraction:g} points below "
-            f"{REFERENCE}'s.",
-            ladder_table(found).to_markdown(index=False, disable_numparse=True),
+            verdict(found, best, cfg),
+            ladder_table(found, faults).to_markdown(index=False, disable_numparse=True),
             "## Beside the ladder",
             beside_table(found).to_markdown(index=False, disable_numparse=True),
             f"{scored['n']} requests written by hand; intervals are Wilson's at 95%; p is of the exact McNemar "
-            f"test against {REFERENCE} on the same requests. {REFERENCE} and {BASELINE} differ on "
-            f"{len(different)} replies{': ' if different else ''}{', '.join(different)}. "
+            f"test against {REFERENCE} on the same requests. Where the grammar changed nothing, {REFERENCE} and "
+            f"{BASELINE} differ on {len(different)} replies{': ' if different else ''}{', '.join(different)}. "
             "The default base's weights were in 4 bits before they got here, which flatters INT4's loss.",
             "## By category (exact calls)",
             category_table(found).to_markdown(disable_numparse=True),
+            "## By outcome",
+            outcome_table(found).to_markdown(disable_numparse=True),
+            f"## Which tool was called ({scored['variant']}; rows: the right one)",
+            confusion_table(scored).to_markdown(disable_numparse=True),
+            "Replies of all variants side by side: [examples.md](examples.md).",
             "## How it was measured",
             f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB. A call is "
             "request in to parsed call out, greedy, with the tools' prefix cached; each variant in a process of "
             f"its own, all in one run. Of a call {1e3 * bench['harness_call_s']:.1f} ms are not the model's (measured "
             "with a runtime whose tokens are known beforehand). Clients wait their turn: there is no batching yet. "
+            f"{BASELINE} and onnx-fp32 decode token by token; the others hold a call to the tools' grammar, append "
+            "what it forces in one step, and check drafts copied from the request. "
             f"Training: {found['train']['train_requests']} requests, {found['train']['train_s'] / 60:.0f} minutes. "
             f"Price: {found['cost']['machine']['name']} at {found['cost']['machine']['usd_per_hour']} USD an hour "
             f"({found['cost']['machine']['provider']}, {found['cost']['machine']['date']}).",
-            *(f"![{name}](plots/{name}.png)" for name in ("loss", "accuracy", "latency", "throughput", "size", "cost")),
+            *(f"![{name}](plots/{name}.png)" for name in PLOTS),
             "",
         ]
     )
 
 
-def ladder_table(found: dict[str, Any]) -> pd.DataFrame:
+def ladder_table(found: dict[str, Any], faults: dict[str, str | None]) -> pd.DataFrame:
     rows = []
     base = found["benchmark"][BASELINE]["call_s"]["p50"]
     for name in LADDER:
@@ -116,6 +158,7 @@ def ladder_table(found: dict[str, Any]) -> pd.DataFrame:
                 "MB on disk": f"{bench['model_bytes'] / 1e6:.0f}",
                 "peak MB": f"{bench['peak_rss_bytes'] / 1e6:.0f}",
                 "USD per million tokens": f"{found['cost']['variants'][name]['usd_per_million_tokens']:.2f}",
+                "passes": faults[name] or "yes",
                 "saved": f"{found['cost']['variants'][name]['savings_fraction']:.0%}",
             }
         )
@@ -135,6 +178,7 @@ def beside_table(found: dict[str, Any]) -> pd.DataFrame:
                 "valid calls": percent(scored["valid_call_fraction"]),
                 "calls where it must": percent(scored["must_call_fraction"]),
                 "abstains where it must": percent(scored["abstain_fraction"]),
+                "changed by the grammar": percent(scored["constraint_changed_fraction"]),
                 "p against fp32": f"{scored['mcnemar_p_vs_fp32']:.3f}"
                 if scored.get("mcnemar_p_vs_fp32") is not None
                 else "",
@@ -153,6 +197,32 @@ def category_table(found: dict[str, Any]) -> pd.DataFrame:
     )
 
 
+def outcome_table(found: dict[str, Any]) -> pd.DataFrame:
+    rows = {name: scored["outcomes"] for name, scored in found["evaluate"].items()}
+    return pd.DataFrame(rows).fillna(0).astype(int)
+
+
+def confusion_table(scored: dict[str, Any]) -> pd.DataFrame:
+    table = pd.DataFrame(scored["confusion"]).T.fillna(0).astype(int).sort_index()
+    return table[sorted(table.columns)]
+
+
+def examples(folder: Path) -> str:
+    """Every test request that not all variants answer right, with each one's reply; then the ids of the rest."""
+    replies = {name: [row for _, row in files.read_jsonl(folder / f"{name}.replies.jsonl")] for name in LADDER}
+    parts, right = ["# Replies side by side", "Of the test requests that not all variants answer exactly."], []
+    for rows in zip(*replies.values(), strict=True):
+        if all(row["outcome"] == "exact" for row in rows):
+            right.append(rows[0]["id"])
+            continue
+        parts += [f"## {rows[0]['id']}", "    " + rows[0]["request"].replace("\n", "\n    ")]
+        same: dict[tuple[str, str], list[str]] = {}
+        for name, row in zip(replies, rows, strict=True):
+            same.setdefault((row["outcome"], row["reply"]), []).append(name)
+        parts += [f"- {', '.join(names)}: **{outcome}** `{reply!r}`" for (outcome, reply), names in same.items()]
+    return "\n\n".join([*parts, f"All right: {', '.join(right)}.", ""])
+
+
 def html(text: str) -> str:
     from markdown_it import MarkdownIt
 
@@ -161,56 +231,6 @@ def html(text: str) -> str:
     style += "td,th{border:1px solid #ccc;padding:.3em .6em}img{max-width:100%}p,table{overflow-x:auto}"
     head = f"<!doctype html><meta charset=utf-8><title>Which variant to ship</title><style>{style}</style>"
     return f"{head}\n{body}"
-
-
-def plot(found: dict[str, Any], reports: Path, folder: Path) -> None:
-    _plot_loss(reports, folder)
-    scored = found["evaluate"]
-    fractions = [scored[name]["exact_call_fraction"] for name in SCORED]
-    low = [f - scored[name]["exact_call_ci95"][0] for f, name in zip(fractions, SCORED, strict=True)]
-    high = [scored[name]["exact_call_ci95"][1] - f for f, name in zip(fractions, SCORED, strict=True)]
-    _bars(folder / "accuracy.png", SCORED, fractions, "exact calls (fraction)", (low, high))
-    bench = found["benchmark"]
-    _bars(folder / "size.png", LADDER, [bench[n]["model_bytes"] / 1e6 for n in LADDER], "MB on disk")
-    costs = [found["cost"]["variants"][n]["usd_per_million_tokens"] for n in LADDER]
-    _bars(folder / "cost.png", LADDER, costs, "USD per million tokens")
-    figure, axes = plt.subplots(figsize=(7, 4))
-    samples = [files.read_json(reports / "benchmark" / f"{n}.samples.json")["call_s"] for n in LADDER]
-    axes.boxplot(samples, tick_labels=list(LADDER), whis=(5, 95), showfliers=False)
-    axes.set_ylabel("seconds per call (box: quartiles, whiskers: p5, p95)")
-    _save(figure, folder / "latency.png")
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for name in LADDER:
-        levels = bench[name]["by_concurrency"]
-        clients = [level["concurrency"] for level in levels]
-        axes.plot(clients, [level["calls_per_s"] for level in levels], marker="o", label=name)
-    axes.set(xlabel="concurrent clients", ylabel="calls per second", ylim=(0, None))
-    axes.legend()
-    _save(figure, folder / "throughput.png")
-
-
-def _plot_loss(reports: Path, folder: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for name, label in (("train/loss", "training"), ("eval/loss", "validation")):
-        curve = pd.read_csv(reports / "train" / "plots" / "metrics" / f"{name}.tsv", sep="\t")
-        axes.plot(curve["step"], curve.iloc[:, -1], label=label, marker="." if label == "validation" else "")
-    axes.set(xlabel="step", ylabel="loss (nats per reply token)", yscale="log")
-    axes.legend()
-    _save(figure, folder / "loss.png")
-
-
-def _bars(path: Path, names: Any, values: list[float], label: str, error: Any = None) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4))
-    bars = axes.bar(list(names), values, yerr=error, capsize=4)
-    axes.bar_label(bars, fmt="%.3g", label_type="center", color="white")
-    axes.set_ylabel(label)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 @hydra.main(version_base="1.3", config_path="..", config_name="params")

@@ -32,3 +32,36 @@ def percentiles(samples_s: Sequence[float]) -> dict[str, float]:
         raise ValueError(f"no percentiles of {len(samples_s)} samples, not all finite")
     p50, p95, p99 = np.percentile(samples_s, [50, 95, 99])
     return {"p50": float(p50), "p95": float(p95), "p99": float(p99), "mean": float(np.mean(samples_s))}
+
+
+def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> list[dict[str, float]]:
+    """Mean confidence and share of right ones in `bins` equal parts of [0, 1]; empty parts are left out."""
+    parts: list[list[tuple[float, bool]]] = [[] for _ in range(bins)]
+    for value, hit in zip(confidence, right, strict=True):
+        parts[min(int(value * bins), bins - 1)].append((value, hit))
+    return [
+        {
+            "n": len(part),
+            "mean_confidence": sum(value for value, _ in part) / len(part),
+            "right_fraction": sum(hit for _, hit in part) / len(part),
+        }
+        for part in parts
+        if part
+    ]
+
+
+def expected_calibration_error(parts: Sequence[dict[str, float]]) -> float:
+    """Mean distance of confidence and share of right ones over `reliability`'s parts, weighted by their size."""
+    n = sum(part["n"] for part in parts)
+    return sum(part["n"] * abs(part["mean_confidence"] - part["right_fraction"]) for part in parts) / n
+
+
+def risk_coverage(confidence: Sequence[float], right: Sequence[bool]) -> list[tuple[float, float]]:
+    """Share kept and share of wrong ones among them, keeping the most confident first; equal ones come together."""
+    pairs = sorted(zip(confidence, right, strict=True), key=lambda pair: -pair[0])
+    curve, wrong = [], 0
+    for at, (value, hit) in enumerate(pairs, start=1):
+        wrong += not hit
+        if at == len(pairs) or pairs[at][0] != value:
+            curve.append((at / len(pairs), wrong / at))
+    return curve

@@ -43,7 +43,10 @@ def fetch_base(base: str, sha256: str | None) -> tuple[Any, Any, str]:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt", "vocab*"]
-        folder = Path(snapshot_download(found["name"], revision=found["revision"], allow_patterns=patterns))
+        try:
+            folder = Path(snapshot_download(found["name"], revision=found["revision"], allow_patterns=patterns))
+        except OSError as error:  # no network, no such repository, no such revision
+            raise RuntimeError(f"model.base: cannot fetch {base}: {error}") from error
     else:
         folder = Path(base.removeprefix("path:"))
     if not folder.is_dir():

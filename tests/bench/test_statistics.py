@@ -2,7 +2,14 @@ import pytest
 
 from pipeline.bench.load import serve
 from pipeline.bench.price import usd_per_million_tokens
-from pipeline.bench.statistics import mcnemar_p, percentiles, wilson_interval
+from pipeline.bench.statistics import (
+    expected_calibration_error,
+    mcnemar_p,
+    percentiles,
+    reliability,
+    risk_coverage,
+    wilson_interval,
+)
 
 
 def test_wilson_interval_of_half() -> None:
@@ -29,6 +36,17 @@ def test_percentiles_are_linear_between_samples() -> None:
     assert found["p95"] == pytest.approx(4.8)  # position 0.95 * 4 = 3.8
     with pytest.raises(ValueError, match="0 samples"):
         percentiles([])
+
+
+def test_calibration_error_weighs_parts_by_size() -> None:
+    parts = reliability([0.95, 0.99, 1.0, 0.15], [True, False, True, False])
+    # [0.9, 1]: three, confidence 0.98, right 2/3; [0.1, 0.2): one, 0.15, right 0
+    assert [part["n"] for part in parts] == [1, 3]
+    assert expected_calibration_error(parts) == pytest.approx((0.15 + 3 * (0.98 - 2 / 3)) / 4)
+
+
+def test_risk_coverage_keeps_the_most_confident_first_and_ties_together() -> None:
+    assert risk_coverage([0.2, 0.9, 0.5, 0.5], [False, True, True, False]) == [(0.25, 0.0), (0.75, 1 / 3), (1.0, 0.5)]
 
 
 def test_price_of_a_million_tokens() -> None:
