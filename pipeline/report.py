@@ -29,7 +29,7 @@ class ReportConfig:
     max_loss_fraction: float  # of exact calls that a recommended variant may lose against fp32
     significance: float  # one that loses, with a McNemar p below this, does not pass either
     min_exact_fraction: float  # below this nothing is recommended
-    gate: bool  # fail where no variant passes
+    gate: bool  # write nothing, fail where no variant passes
 
     def __post_init__(self) -> None:
         config.require_range("report.significance", self.significance, 0, 1)
@@ -53,6 +53,10 @@ def run(reports: Path, cfg: ReportConfig) -> None:
     }
     faults = {name: fault(found["evaluate"][name], found["evaluate"][REFERENCE], cfg) for name in LADDER}
     best = recommend(found, faults)
+    if cfg.gate:  # it only asks: the reports stay as the stage left them
+        if best is None:
+            raise RuntimeError(f"no variant passes the gate: {faults}")
+        return
     with files.whole_folder(reports / "plots") as folder:
         plot.all_plots(found, reports, folder, (SCORED, LADDER))
     text = markdown(found, faults, best, cfg)
@@ -62,8 +66,6 @@ def run(reports: Path, cfg: ReportConfig) -> None:
     passed = {name: {"passed": why is None, "why_not": why} for name, why in faults.items()}
     files.write_json(reports / "report.json", {"recommended": best, "variants": passed, "provenance": provenance(cfg)})
     log.info("recommended: %s; report in %s", best, reports / "report.md")
-    if cfg.gate and best is None:
-        raise RuntimeError(f"no variant passes the gate: {faults}")
 
 
 def fault(scored: dict[str, Any], reference: dict[str, Any], cfg: ReportConfig) -> str | None:

@@ -1,0 +1,33 @@
+from typing import Any
+
+import pytest
+
+from pipeline.report import ReportConfig, fault, recommend
+
+CFG = ReportConfig(max_loss_fraction=0.02, significance=0.05, min_exact_fraction=0.5, gate=False)
+FP32 = {"exact_call_fraction": 0.80}
+
+
+@pytest.mark.parametrize(
+    ("exact", "p", "why"),
+    [
+        (0.80, None, None),
+        (0.85, 0.01, None),  # significantly better is no fault
+        (0.79, 0.30, None),
+        (0.77, 0.30, "3.0 points below fused-fp32"),
+        (0.79, 0.01, "below fused-fp32 beyond chance, p = 0.010"),
+        (0.45, 1.00, "45.0% exact, under 50%"),
+    ],
+)
+def test_fault_names_what_keeps_a_variant_back(exact: float, p: float | None, why: str | None) -> None:
+    assert fault({"exact_call_fraction": exact, "mcnemar_p_vs_fp32": p}, FP32, CFG) == why
+
+
+def test_the_fastest_without_a_fault_is_recommended() -> None:
+    found: dict[str, Any] = {
+        "benchmark": {
+            name: {"call_s": {"p50": p50}} for name, p50 in (("int4", 0.1), ("int8", 0.2), ("fused-fp32", 0.3))
+        }
+    }
+    assert recommend(found, {"int4": "lost", "int8": None, "fused-fp32": None}) == "int8"
+    assert recommend(found, {"int4": "lost", "int8": "lost", "fused-fp32": "lost"}) is None
