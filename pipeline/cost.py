@@ -70,18 +70,12 @@ def run(reports: Path, report: Path, cfg: CostConfig) -> dict[str, Any]:
 def price(benchmark: dict[str, Any], evaluate: dict[str, Any], cfg: CostConfig) -> dict[str, Any]:
     """At the number of clients with the most calls a second whose p95 is within cost.p95_limit_s.
 
-    One client measured alone is among them. Where none is within, the fewest clients; `within_p95_limit` says so.
+    Where none is within, at the fewest clients; `within_p95_limit` says so.
     """
-    mean_s = benchmark["call_s"]["mean"]
-    alone = {
-        "concurrency": 1,
-        "calls_per_s": 1 / mean_s,
-        "new_tokens_per_s": benchmark["mean_new_tokens"] / mean_s,
-        "p95_s": benchmark["call_s"]["p95"],
-    }
-    levels = [alone, *benchmark["by_concurrency"]]
+    levels = benchmark["by_concurrency"]
     within = [level for level in levels if level["p95_s"] <= cfg.p95_limit_s]
-    level = max(within, key=lambda level: float(level["calls_per_s"])) if within else alone
+    fewest = min(levels, key=lambda level: int(level["concurrency"]))
+    level = max(within, key=lambda level: float(level["calls_per_s"])) if within else fewest
     per_hour = cfg.machines[cfg.machine].usd_per_hour
     per_million = usd_per_million_tokens(per_hour, level["new_tokens_per_s"], cfg.utilisation)
     per_thousand = per_hour / (level["calls_per_s"] * cfg.utilisation * 3600) * 1000

@@ -20,8 +20,7 @@ from pipeline.bench.accuracy import Answer, measures, row
 from pipeline.bench.statistics import mcnemar_p
 from pipeline.provenance import provenance
 from pipeline.runtime.caller import ToolCaller
-from pipeline.runtime.generation import ALL, PLAIN
-from pipeline.runtime.pytorch import PytorchRuntime
+from pipeline.runtime.generation import ALL, PLAIN, RowsRuntime, generate_together
 from pipeline.toolcall import reply as replies
 from pipeline.toolcall import score
 from pipeline.toolcall.conversation import Request, parse_request
@@ -30,8 +29,9 @@ from pipeline.toolcall.tool import parse_tools
 
 log = logging.getLogger(__name__)
 
+BASE = "base"
 FOLDERS = {
-    "base": "base",
+    BASE: "base",
     "torch-fp32": "tuned",
     "onnx-fp32": "onnx",
     "fused-fp32": "fused",
@@ -40,7 +40,7 @@ FOLDERS = {
 }
 KEYWORD = "keyword"
 HELD = ("fused-fp32", "int8", "int4")  # by the grammar; the others answer as they are, without any technique
-BATCH = 16  # requests that PyTorch answers together
+BATCH = 16  # requests that are answered together where the runtime can
 REFERENCE = "fused-fp32"  # quantized variants are compared with it, request by request
 
 
@@ -48,10 +48,12 @@ REFERENCE = "fused-fp32"  # quantized variants are compared with it, request by 
 class EvaluateConfig:
     requests: Path
     out: Path | None  # empty: reports/evaluate/{variant}.json
+    base_requests: int  # how many of them, evenly spaced, the untuned base model answers: it writes long texts
     max_new_tokens: int
     threads: int
 
     def __post_init__(self) -> None:
+        config.require_range("evaluate.base_requests", self.base_requests, 1, 1_000_000)
         config.require_range("evaluate.max_new_tokens", self.max_new_tokens, 1, 100_000)
         config.require_range("evaluate.threads", self.threads, 1, 1024)
 
@@ -68,7 +70,8 @@ class Params:
 
 def run(paths: config.Paths, out: Path, variant: str, cfg: EvaluateConfig) -> dict[str, Any]:
     tools = parse_tools(files.read_json(paths.tools), str(paths.tools))
-    requests = [parse_request(value, tools, where) for where, value in files.read_jsonl(cfg.requests)]
+    read = files.read_spread(cfg.requests, cfg.base_requests) if variant == BASE else files.read_jsonl(cfg.requests)
+    requests = [parse_request(value, tools, where) for where, value in read]
     if not requests:
         raise ValueError(f"{cfg.requests}: holds no request")
     log.info("%s: %d requests", variant, len(requests))
@@ -95,16 +98,16 @@ def answers(paths: config.Paths, variant: str, requests: Sequence[Request], cfg:
         return [Answer(replies.write_call(call) if call else "") for call in calls]
     techniques = ALL if variant in HELD else PLAIN
     caller = ToolCaller.load(paths.models / FOLDERS[variant], paths.tools, threads=cfg.threads, techniques=techniques)
-    if isinstance(caller.runtime, PytorchRuntime):
+    if techniques == PLAIN and isinstance(caller.runtime, RowsRuntime):
         return together(caller, caller.runtime, requests, cfg)
     made = (caller.reply(r.messages, r.tools, cfg.max_new_tokens) for r in tqdm(requests, desc=variant, mininterval=5))
     return [Answer(reply.text, reply.confidence, reply.changed) for reply in made]
 
 
 def together(
-    caller: ToolCaller, runtime: PytorchRuntime, requests: Sequence[Request], cfg: EvaluateConfig
+    caller: ToolCaller, runtime: RowsRuntime, requests: Sequence[Request], cfg: EvaluateConfig
 ) -> list[Answer]:
-    """The same greedy replies, several at a time: alone, PyTorch takes over a second for each."""
+    """The same greedy replies, several at a time: alone, PyTorch takes a second and more for each."""
     asked = [caller.encode(request.messages, request.tools, cfg.max_new_tokens) for request in requests]
     order = sorted(range(len(asked)), key=lambda at: (asked[at][0], len(asked[at][1])))
     found: dict[int, Answer] = {}
@@ -113,7 +116,7 @@ def together(
             rest = list(members)
             for batch in (rest[at : at + BATCH] for at in range(0, len(rest), BATCH)):
                 prompts = [asked[at][1] for at in batch]
-                made = runtime.generate_together(prefix, prompts, cfg.max_new_tokens, caller.tokenizer.eos_token_id)
+                made = generate_together(runtime, prefix, prompts, caller.tokenizer.eos_token_id, cfg.max_new_tokens)
                 found |= {at: Answer(*caller.decode(tokens)) for at, tokens in zip(batch, made, strict=True)}
                 progress.update(len(batch))
     return [found[at] for at in range(len(asked))]

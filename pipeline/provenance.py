@@ -41,6 +41,10 @@ def cpu_has_fast_bfloat16() -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags())
 
 
+def cpu_has_fast_int8() -> bool:
+    return bool({"avx512_vnni", "avx_vnni", "amx_int8", "i8mm"} & _cpu_flags())
+
+
 def _cpu_field(*names: str) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []

@@ -131,8 +131,6 @@ def markdown(found: dict[str, Any], faults: dict[str, str | None], best: str | N
             "request in to parsed call out, greedy, with the tools' prefix cached; each variant in a process of "
             f"its own, all in one run. Of a call {1e3 * bench['harness_call_s']:.1f} ms are not the model's (measured "
             "with a runtime whose tokens are known beforehand). Clients wait their turn: there is no batching yet. "
-            f"Beside other threads {BASELINE} runs at half its speed (PyTorch keeps a pool for each); its calls/s "
-            "at several clients show it, its price is that of one client alone. "
             f"{BASELINE} and onnx-fp32 decode token by token; the others hold a call to the tools' grammar, append "
             "what it forces in one step, and check drafts copied from the request. "
             f"Training: {found['train']['train_requests']} requests, {found['train']['train_s'] / 60:.0f} minutes. "

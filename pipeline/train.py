@@ -10,7 +10,8 @@ import random
 import resource
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from pipeline import config, files
 from pipeline.model import base, shared_prefix
-from pipeline.provenance import cpu_has_fast_bfloat16, provenance
+from pipeline.model.int8_training import Int8Products
+from pipeline.provenance import cpu_has_fast_bfloat16, cpu_has_fast_int8, provenance
 from pipeline.toolcall import prompt
 from pipeline.toolcall.conversation import parse_request
 
 log = logging.getLogger(__name__)
+
+PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 @dataclass
@@ -44,25 +48,31 @@ class LoraSettings:
 class TrainConfig:
     seed: int
     method: str  # full or lora
+    frozen_layers: int  # of full: the lowest layers and the embedding stay as they are; 0: all is trained
     learning_rate: float
     weight_decay: float
     warmup_fraction: float  # of the steps
     epochs: float
     text_weight: float  # of a token in a reply of text, where one in a call has 1: texts can rarely be foreseen
-    tokens_per_step: int  # of the requests and replies, padding included, the tools' prefix apart
-    evaluations: int  # on the validation split, over the whole training
+    precision: str  # of matrix products: float32, bfloat16, int8, or auto: the fastest that this machine is made for
+    tokens_per_step: int  # prefixes included
+    evaluations: int  # over the whole training
+    validation_requests: int  # how many of the validation split, evenly spaced, an evaluation takes
     patience: int  # evaluations without improvement before it stops
     lora: LoraSettings
 
     def __post_init__(self) -> None:
         config.require_one_of("train.method", self.method, ["full", "lora"])
+        config.require_range("train.frozen_layers", self.frozen_layers, 0, 10_000)
         config.require_range("train.learning_rate", self.learning_rate, 1e-7, 1)
         config.require_range("train.weight_decay", self.weight_decay, 0, 1)
         config.require_range("train.warmup_fraction", self.warmup_fraction, 0, 1)
         config.require_range("train.epochs", self.epochs, 0.01, 1000)
         config.require_range("train.text_weight", self.text_weight, 0, 1)
+        config.require_one_of("train.precision", self.precision, ["auto", *PRECISIONS])
         config.require_range("train.tokens_per_step", self.tokens_per_step, 1, 1_000_000)
         config.require_range("train.evaluations", self.evaluations, 1, 1000)
+        config.require_range("train.validation_requests", self.validation_requests, 1, 1_000_000)
         config.require_range("train.patience", self.patience, 1, 1000)
 
 
@@ -73,13 +83,16 @@ class Params:
 
 
 class PrefixTrainer(Trainer):
-    """A Trainer whose batch is one group of requests behind a shared prefix."""
+    """A Trainer whose batch is one step of requests behind shared prefixes."""
+
+    products: AbstractContextManager[Any] = nullcontext()  # how training computes them
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        del num_items_in_batch  # a group is a batch: its mean is taken in shared_prefix.loss
-        with self.accelerator.autocast():  # it wraps model.forward only, and the loss calls the model's parts
+        del num_items_in_batch  # a step is a batch: its mean is taken in shared_prefix.loss
+        products = self.products if model.training else nullcontext()
+        with self.accelerator.autocast(), products:  # autocast wraps model.forward only; the loss calls its parts
             found = shared_prefix.loss(model, inputs)
         return (found, {}) if return_outputs else found
 
@@ -101,14 +114,20 @@ class LossCurves(TrainerCallback):
 def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainConfig) -> dict[str, Any]:
     torch.manual_seed(cfg.seed)
     keep_freed_memory()
+    precision = choose_precision(cfg.precision)
     model, tokenizer = base.load_tuned(base_folder)
-    if not torch.cuda.is_available():
-        model.set_attn_implementation("eager")  # a fifth faster on short rows than PyTorch's fused attention
+    attention = model.config._attn_implementation
+    model.set_attn_implementation(shared_prefix.ATTENTION)
     examples = {
-        name: read_examples(prepared / f"{name}.jsonl", tokenizer, cfg.text_weight) for name in ("train", "validation")
+        "train": read_examples(files.read_jsonl(prepared / "train.jsonl"), tokenizer, cfg.text_weight),
+        "validation": read_examples(
+            files.read_spread(prepared / "validation.jsonl", cfg.validation_requests), tokenizer, cfg.text_weight
+        ),
     }
-    log.info("training on %d requests, %d to validate", len(examples["train"]), len(examples["validation"]))
-    if cfg.method == "lora":
+    log.info("training on %d requests, %d to validate, in %s", *map(len, examples.values()), precision)
+    if cfg.method == "full":
+        freeze(model, cfg.frozen_layers)
+    else:
         model.enable_input_require_grads()
         model = get_peft_model(
             model,
@@ -124,7 +143,7 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
     start = time.perf_counter()
     last = get_last_checkpoint(str(checkpoints))
     with Live(str(report.with_suffix("")), dvcyaml=None, report=None, save_dvc_exp=False, resume=bool(last)) as live:
-        trainer = make_trainer(model, examples, tokenizer.pad_token_id, checkpoints, cfg)
+        trainer = make_trainer(model, examples, precision, checkpoints, cfg)
         trainer.add_callback(LossCurves(live))
         trainer.train(resume_from_checkpoint=last)
     metrics = {
@@ -136,10 +155,11 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
         "best_step": trainer.state.best_global_step,
         "train_requests": len(examples["train"]),
         "validation_requests": len(examples["validation"]),
-        "bfloat16_autocast": trainer.args.bf16,
+        "precision": precision,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     tuned = trainer.model.merge_and_unload() if cfg.method == "lora" else trainer.model
+    tuned.set_attn_implementation(attention)
     with files.whole_folder(out) as folder:
         tuned.save_pretrained(folder, safe_serialization=True)
         tokenizer.save_pretrained(folder)
@@ -149,8 +169,20 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
     return metrics
 
 
+def freeze(model: Any, layers: int) -> None:
+    """Gradients then end above these layers, which saves two thirds of their arithmetic.
+
+    Raises ValueError where the model has no more layers than that.
+    """
+    found = model.get_decoder().layers
+    if layers >= len(found):
+        raise ValueError(f"train.frozen_layers is {layers}, but the model has {len(found)} layers")
+    for part in [*found[:layers], *([model.get_input_embeddings()] if layers else [])]:
+        part.requires_grad_(False)
+
+
 def keep_freed_memory() -> None:
-    """Of glibc: it hands large blocks back to the system, and getting them again took a tenth of the training."""
+    """Of glibc: it hands large blocks back to the system, and getting them again took a sixth of the training."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
@@ -158,10 +190,21 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, -1)
 
 
-def read_examples(path: Path, tokenizer: Any, text_weight: float) -> list[shared_prefix.Example]:
+def choose_precision(wanted: str) -> str:
+    """Raises ValueError for int8 on a GPU: its products are written for the CPU."""
+    if wanted == "int8" and torch.cuda.is_available():
+        raise ValueError("train.precision is int8, which is for CPUs, but training would run on CUDA: use bfloat16")
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available() or cpu_has_fast_bfloat16():
+        return "bfloat16"
+    return "int8" if cpu_has_fast_int8() else "float32"
+
+
+def read_examples(rows: Iterable[tuple[str, Any]], tokenizer: Any, text_weight: float) -> list[shared_prefix.Example]:
     prefixes: dict[str, list[int]] = {}
     examples = []
-    for where, value in files.read_jsonl(path):
+    for where, value in rows:
         request = parse_request(value, (), where)
         key = prompt.system_prompt(request.tools)
         if key not in prefixes:
@@ -177,14 +220,13 @@ def read_examples(path: Path, tokenizer: Any, text_weight: float) -> list[shared
 def make_trainer(
     model: Any,
     examples: dict[str, list[shared_prefix.Example]],
-    pad: int,
+    precision: str,
     checkpoints: Path,
     cfg: TrainConfig,
 ) -> PrefixTrainer:
-    grouped = {name: _grouped(group, cfg) for name, group in examples.items()}
-    steps = max(1, round(len(grouped["train"]) * cfg.epochs))
+    batches = {name: _batches(group, cfg) for name, group in examples.items()}
+    steps = max(1, round(len(batches["train"]) * cfg.epochs))
     every = max(1, steps // cfg.evaluations)
-    bfloat16 = torch.cuda.is_available() or cpu_has_fast_bfloat16()
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
@@ -196,7 +238,7 @@ def make_trainer(
         lr_scheduler_type="cosine",
         optim="adamw_torch_fused",
         adam_beta2=0.98,
-        bf16=bfloat16,
+        bf16=precision == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         seed=cfg.seed,
         eval_strategy="steps",
@@ -215,25 +257,26 @@ def make_trainer(
         dataloader_pin_memory=False,
     )
 
-    def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return shared_prefix.tensors([shared_prefix.Example(**row) for row in rows[0]["group"]], pad)
-
-    return PrefixTrainer(
+    trainer = PrefixTrainer(
         model=model,
         args=arguments,
-        train_dataset=grouped["train"],
-        eval_dataset=grouped["validation"],
-        data_collator=collate,
+        train_dataset=batches["train"],
+        eval_dataset=batches["validation"],
+        data_collator=_pack,
         callbacks=[EarlyStoppingCallback(early_stopping_patience=cfg.patience)],
     )
+    if precision == "int8":
+        trainer.products = Int8Products()
+    return trainer
 
 
-def _grouped(examples: list[shared_prefix.Example], cfg: TrainConfig) -> Dataset:
-    indices = list(range(len(examples)))
-    random.Random(cfg.seed).shuffle(indices)
-    shuffled = [examples[at] for at in indices]
-    rows = shared_prefix.groups(shuffled, cfg.tokens_per_step)
-    return Dataset.from_list([{"group": [asdict(shuffled[at]) for at in row]} for row in rows])
+def _batches(examples: list[shared_prefix.Example], cfg: TrainConfig) -> Dataset:
+    rows = shared_prefix.steps(examples, cfg.tokens_per_step, random.Random(cfg.seed))
+    return Dataset.from_list([{"step": [asdict(examples[at]) for at in row]} for row in rows])
+
+
+def _pack(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return shared_prefix.pack([shared_prefix.Example(**example) for example in rows[0]["step"]])
 
 
 def _checkpoints(out: Path, base_folder: Path, prepared: Path, cfg: TrainConfig) -> Path:

@@ -12,13 +12,16 @@ from pipeline.train import LoraSettings, TrainConfig, run
 CFG = TrainConfig(
     seed=0,
     method="full",
+    frozen_layers=0,
     learning_rate=1e-3,
     weight_decay=0.01,
     warmup_fraction=0.0,
     epochs=2,
     text_weight=0.2,
+    precision="auto",
     tokens_per_step=400,
     evaluations=4,
+    validation_requests=100,
     patience=3,
     lora=LoraSettings(rank=4, alpha=8, dropout=0.0),
 )
@@ -72,8 +75,12 @@ def test_training_lowers_the_loss_and_leaves_one_plain_model(
 
 
 def test_training_stops_early_and_keeps_the_best(tiny_base: Path, prepared: Path, tmp_path: Path) -> None:
-    """A learning rate this high only makes it worse."""
-    metrics = trained(tiny_base, prepared, tmp_path, learning_rate=1.0, evaluations=20, epochs=10, patience=2)
+    """What is learned is soon wrong for validation requests whose right calls are others."""
+    rows = [value for _, value in files.read_jsonl(prepared / "validation.jsonl")]
+    for row in rows:
+        row["expected"]["arguments"]["p"] = "#0123456789"
+    files.write_jsonl(prepared / "validation.jsonl", rows)
+    metrics = trained(tiny_base, prepared, tmp_path, learning_rate=1e-2, evaluations=20, epochs=40, patience=2)
     assert metrics["stopped_early"]
     curve = pd.read_csv(tmp_path / "train/plots/metrics/eval/loss.tsv", sep="\t")
     assert len(curve) < 20
@@ -109,3 +116,28 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(tiny_base: Path, pre
     files.write_json(left.parent / "inputs.json", {"settings": "other"})
     metrics = trained(tiny_base, prepared, tmp_path)
     assert metrics["steps"] == metrics["steps_planned"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_each_precision_learns_the_same(precision: str, tiny_base: Path, prepared: Path, tmp_path: Path) -> None:
+    metrics = trained(tiny_base, prepared, tmp_path, precision=precision, learning_rate=1e-2)
+    assert metrics["precision"] == precision
+    curve = pd.read_csv(tmp_path / "train/plots/metrics/eval/loss.tsv", sep="\t")
+    assert curve["loss"].iloc[-1] < 0.9 * curve["loss"].iloc[0]
+
+
+def test_int8_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"train\.precision is int8, which is for CPUs"):
+        train.choose_precision("int8")
+
+
+def test_frozen_layers_stay(tiny_base: Path, prepared: Path, tmp_path: Path) -> None:
+    trained(tiny_base, prepared, tmp_path, frozen_layers=1, learning_rate=1e-2)
+    base, _ = load_tuned(tiny_base)
+    tuned, _ = load_tuned(tmp_path / "tuned")
+    moved = {name for name, weight in tuned.named_parameters() if not torch.equal(weight, base.state_dict()[name])}
+    assert moved
+    assert all(name.startswith(("model.layers.1.", "model.norm")) for name in moved)
+    with pytest.raises(ValueError, match=r"train\.frozen_layers is 99, but the model has"):
+        trained(tiny_base, prepared, tmp_path, frozen_layers=99)

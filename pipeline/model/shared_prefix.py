@@ -1,19 +1,23 @@
-"""Training on many short requests behind one long prefix, which is computed once.
+"""Training on many short requests behind a long prefix, which is computed once.
 
-The tools' prefix is most of each example. Examples are put into groups, most of them with equal
-tools; the tokens that all of a group begin with go through the model once, as a batch of one, and
-their keys and values serve every row. Gradients flow through them, so the loss is that of the plain
-batch.
+The tools' prefix is most of each example. A step is one row of tokens without padding: a prefix, the
+requests behind it with their replies, the next prefix, its requests, and so on. Each request attends
+to its own tokens and to its prefix. Gradients flow through the prefix, so the loss is that of the
+plain batch.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch.nn import functional
+from transformers import AttentionInterface
 
-IGNORED = -100  # label of a token that is not in the loss
+ATTENTION = "shared_prefix"  # give it to the model's set_attn_implementation
+CLUSTER = 6  # requests with one prefix that stay together: fewer prefixes in a step, and yet a mixture
 
 
 @dataclass(frozen=True)
@@ -24,80 +28,119 @@ class Example:
     weight: float = 1.0  # of the reply's tokens in the loss, its first apart, which decides between call and text
 
 
-def groups(examples: Sequence[Example], tokens: int) -> list[list[int]]:
-    """Indices of `examples` in groups of at most `tokens`, padding included, or of one long example.
+def steps(examples: Sequence[Example], tokens: int, rng: random.Random) -> list[list[int]]:
+    """Indices of `examples` in random steps of at most `tokens`, prefixes included, or of one long example."""
+    clusters = [
+        members[at : at + CLUSTER]
+        for members in _by_prefix(rng.sample(range(len(examples)), len(examples)), examples).values()
+        for at in range(0, len(members), CLUSTER)
+    ]
+    rng.shuffle(clusters)
+    found: list[list[int]] = [[]]
+    used, prefixes = 0, set[tuple[int, ...]]()
+    for at in (at for cluster in clusters for at in cluster):
+        example = examples[at]
+        prefix = tuple(example.tokens[: example.prefix])
+        cost = len(example.tokens) - (len(prefix) if prefix in prefixes else 0)
+        if found[-1] and used + cost > tokens:
+            found.append([])
+            used, prefixes, cost = 0, set(), len(example.tokens)
+        found[-1].append(at)
+        prefixes.add(prefix)
+        used += cost
+    return found
 
-    Equal prefixes come together, then like lengths. What is left over of rare prefixes makes groups of
-    its own, of twice the tokens, since little is shared there and half of them are prefixes.
+
+def _by_prefix(order: Sequence[int], examples: Sequence[Example]) -> dict[tuple[int, ...], list[int]]:
+    found: dict[tuple[int, ...], list[int]] = {}
+    for at in order:
+        found.setdefault(tuple(examples[at].tokens[: examples[at].prefix]), []).append(at)
+    return found
+
+
+def pack(step: Sequence[Example]) -> dict[str, Any]:
+    """What `loss` takes. tokens, positions (1, n); lengths: of each prefix and then of its requests;
+    predicting, labels, weights (reply tokens,): `predicting` is where in the row a label is predicted.
     """
-    by_prefix: dict[tuple[int, ...], list[int]] = {}
-    for at, example in enumerate(examples):
-        by_prefix.setdefault(tuple(example.tokens[: example.prefix]), []).append(at)
-    full: list[list[int]] = []
-    rest: list[int] = []
-    for members in by_prefix.values():
-        if sum(len(examples[at].tokens) - examples[at].prefix for at in members) < tokens // 4:
-            rest += members
-        else:
-            full += _cut(members, [len(row.tokens) - row.prefix for row in examples], tokens)
-    return full + _cut(rest, [len(row.tokens) for row in examples], 2 * tokens)
-
-
-def _cut(members: list[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    cut: list[list[int]] = []
-    for at in sorted(members, key=lengths.__getitem__):
-        if not cut or (len(cut[-1]) + 1) * lengths[at] > tokens:  # in order of length: this one is the longest
-            cut.append([])
-        cut[-1].append(at)
-    return cut
-
-
-def tensors(group: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
-    """prefix (1, shared), tokens, labels and weights (rows, longest), mask (rows, shared + longest)."""
-    shortest = min(example.reply_at for example in group)
-    first = group[0].tokens
-    # One token at least stays in the rows, to predict the first reply token from.
-    shared = next((at for at in range(shortest - 1) if any(row.tokens[at] != first[at] for row in group)), shortest - 1)
-    shared = min(shared, max(row.prefix for row in group))
-    longest = max(len(row.tokens) for row in group) - shared
-    tokens = torch.full((len(group), longest), pad)
-    labels = torch.full((len(group), longest), IGNORED)
-    weights = torch.zeros((len(group), longest))
-    mask = torch.zeros((len(group), shared + longest), dtype=torch.long)
-    for at, row in enumerate(group):
-        n = len(row.tokens) - shared
-        tokens[at, :n] = torch.tensor(row.tokens[shared:])
-        labels[at, row.reply_at - shared : n] = torch.tensor(row.tokens[row.reply_at :])
-        weights[at, row.reply_at - shared : n] = row.weight
-        weights[at, row.reply_at - shared] = 1.0
-        mask[at, : shared + n] = 1
+    tokens: list[int] = []
+    positions: list[int] = []
+    lengths: list[list[int]] = []
+    predicting: list[int] = []
+    labels: list[int] = []
+    weights: list[float] = []
+    for prefix, members in _by_prefix(range(len(step)), step).items():
+        tokens += prefix
+        positions += range(len(prefix))
+        lengths.append([len(prefix)])
+        for example in (step[at] for at in members):
+            own = example.tokens[example.prefix :]
+            reply = example.tokens[example.reply_at :]
+            lengths[-1].append(len(own))
+            tokens += own
+            positions += range(example.prefix, len(example.tokens))
+            predicting += range(len(tokens) - len(reply) - 1, len(tokens) - 1)
+            labels += reply
+            weights += [1.0, *[example.weight] * (len(reply) - 1)]
     return {
-        "prefix": torch.tensor([first[:shared]]),
-        "tokens": tokens,
-        "labels": labels,
-        "weights": weights,
-        "mask": mask,
+        "tokens": torch.tensor([tokens]),
+        "positions": torch.tensor([positions]),
+        "lengths": lengths,
+        "predicting": torch.tensor(predicting),
+        "labels": torch.tensor(labels),
+        "weights": torch.tensor(weights),
     }
 
 
-def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Weighted mean negative log-likelihood of the reply tokens in nats. `model` is a transformers causal LM."""
-    prefix, tokens, labels = batch["prefix"], batch["tokens"], batch["labels"]
-    decoder, past = model.get_decoder(), None
-    if prefix.shape[1]:
-        past = decoder(input_ids=prefix, use_cache=True).past_key_values
-        past.batch_repeat_interleave(len(tokens))
-    positions = torch.arange(prefix.shape[1], prefix.shape[1] + tokens.shape[1], device=tokens.device)
-    hidden = decoder(
-        input_ids=tokens,
-        attention_mask=batch["mask"],
-        position_ids=positions[None].expand(len(tokens), -1),
-        past_key_values=past,
-        use_cache=past is not None,
+def loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Negative log-likelihood of the reply tokens in nats, times their weights, by their number.
+
+    `model` is a transformers causal LM whose attention is ATTENTION. Not by the sum of the weights: a step
+    that happens to hold many texts would give each of them more.
+    """
+    hidden = model.get_decoder()(
+        input_ids=batch["tokens"], position_ids=batch["positions"], lengths=batch["lengths"], use_cache=False
     ).last_hidden_state
     # The head is a fifth of the arithmetic and most of the memory: it sees only what predicts a reply token.
-    predicting = labels[:, 1:] != IGNORED
-    logits = model.get_output_embeddings()(hidden[:, :-1][predicting])
-    found = functional.cross_entropy(logits.float(), labels[:, 1:][predicting], reduction="none")
-    weights = batch["weights"][:, 1:][predicting]
-    return (found * weights).sum() / weights.sum()
+    logits = model.get_output_embeddings()(hidden[0, batch["predicting"]])
+    found = functional.cross_entropy(logits.float(), batch["labels"], reduction="none")
+    return (found * batch["weights"]).mean()
+
+
+def attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """query (1, heads, n, size), key and value (1, groups, n, size) -> (1, n, heads, size)."""
+    del module, attention_mask
+    lengths: list[list[int]] = more["lengths"]
+    groups, size = key.shape[1], key.shape[3]
+    sizes = [length for section in lengths for length in section]
+    parts = zip(query[0].split(sizes, 1), key[0].split(sizes, 1), value[0].split(sizes, 1), strict=True)
+    found: list[torch.Tensor] = []
+    for section in lengths:
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None
+        for _length in section:
+            q, k, v = next(parts)
+            if prefix is None:
+                prefix = k, v
+            else:
+                k, v = torch.cat((prefix[0], k), 1), torch.cat((prefix[1], v), 1)
+            rows = q.reshape(groups, -1, size)  # the heads of a group share keys and values: one product for all
+            mask = _mask(q.shape[1], k.shape[1], len(q) // groups, q.dtype, q.device)
+            scores = torch.baddbmm(mask, rows, k.transpose(1, 2), alpha=more["scaling"])
+            found.append((scores.softmax(-1) @ v).view_as(q))
+    return torch.cat(found, 1).transpose(0, 1)[None], None
+
+
+@cache
+def _mask(n: int, keys: int, repeat: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(repeat * n, keys): the last n of the keys are causal."""
+    mask = torch.full((n, keys), float("-inf"), dtype=dtype, device=device).triu(keys - n + 1)
+    return mask.repeat(repeat, 1)
+
+
+AttentionInterface.register(ATTENTION, attention)

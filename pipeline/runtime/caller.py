@@ -58,6 +58,8 @@ class ToolCaller:
     ) -> "ToolCaller":
         """Raises FileNotFoundError where `folder` holds no model that a stage of this project wrote."""
         folder = Path(folder)
+        if not (folder / "config.json").exists():  # transformers would look for a model of that name on its hub
+            raise FileNotFoundError(f"{folder} holds no model: no config.json")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         found = parse_tools(files.read_json(Path(tools)), str(tools))
         return cls(load_runtime(folder, device, threads), tokenizer, found, techniques)

@@ -9,12 +9,14 @@ come, not which (the grammar apart, where the model would break a call's form):
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.toolcall.grammar import Grammar, Guide
+
+Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,23 @@ class Runtime(Protocol):
         """
 
 
+@runtime_checkable
+class RowsRuntime(Protocol):
+    """Several requests behind one prefix, each a row."""
+
+    def begin_rows(self, prefix: Sequence[int], rows: int) -> None:
+        """Make the KV cache hold `prefix` for each row."""
+
+    def step_rows(self, tokens: Ids, mask: Ids, positions: Ids) -> NDArray[np.float32]:
+        """Logits (rows, vocabulary) after the last of `tokens`.
+
+        tokens, positions (rows, new); mask (rows, cached + new) has 0 where a row is padded.
+        """
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Drop the others."""
+
+
 @dataclass
 class Prompt:
     prefix: Sequence[int]
@@ -78,6 +97,34 @@ def generate(runtime: Runtime, prompt: Prompt, grammar: Grammar | None, use: Tec
             return
         feed = [token.id, *forced]
         draft = reply.draft(use.draft_tokens)
+
+
+def generate_together(
+    runtime: RowsRuntime, prefix: Sequence[int], prompts: Sequence[Sequence[int]], end: int, max_new_tokens: int
+) -> list[list[Token]]:
+    """The greedy replies to `prompts`, each up to its `end` token, without any technique; padded on the left."""
+    longest = max(map(len, prompts))
+    tokens = np.array([[end] * (longest - len(asked)) + list(asked) for asked in prompts], np.int64)
+    pads = np.array([longest - len(asked) for asked in prompts])
+    mask = np.ones((len(prompts), len(prefix) + longest), np.int64)
+    mask[:, len(prefix) :] = np.arange(longest)[None] >= pads[:, None]
+    positions = (mask.cumsum(-1) - 1)[:, len(prefix) :]
+    replies: list[list[Token]] = [[] for _ in prompts]
+    unfinished = replies
+    runtime.begin_rows(prefix, len(prompts))
+    for _ in range(max_new_tokens):
+        for reply, logits in zip(unfinished, runtime.step_rows(tokens, mask, positions), strict=True):
+            reply.append(greedy(logits))
+        left = [row for row, reply in enumerate(unfinished) if reply[-1].id != end]
+        if not left:
+            break
+        if len(left) < len(unfinished):
+            runtime.keep_rows(left)
+            unfinished, mask, positions = [unfinished[row] for row in left], mask[left], positions[left]
+        tokens = np.array([[reply[-1].id] for reply in unfinished], np.int64)
+        mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+        positions = positions[:, -1:] + 1
+    return replies
 
 
 class _Reply:

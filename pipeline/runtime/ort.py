@@ -9,6 +9,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from pipeline import files
+from pipeline.runtime.generation import Ids
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -50,31 +51,45 @@ class PortableRuntime:
     def begin(self, prefix: Sequence[int]) -> None:
         if list(prefix) != self._prefix:
             self._prefix = []  # stays empty if the next line fails
-            self._prefix_past = self._extend(self._empty(), list(prefix), 0)[1]
+            self._prefix_past = self._extend(np.array([prefix]), *_unpadded(0, len(prefix)), self._empty())[1]
             self._prefix = list(prefix)
         self._past, self._length = self._prefix_past, len(prefix)
 
     def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
         if at < self._length:
             self._past = {name: value[:, :, :at] for name, value in self._past.items()}
-        logits, self._past = self._extend(self._past, list(tokens), at)
+        logits, self._past = self._extend(np.array([tokens]), *_unpadded(at, len(tokens)), self._past)
         self._length = at + len(tokens)
-        return logits[-keep:]
+        return logits[0, -keep:]
+
+    def begin_rows(self, prefix: Sequence[int], rows: int) -> None:
+        self.begin(prefix)
+        self._past = {name: np.repeat(value, rows, 0) for name, value in self._past.items()}
+
+    def step_rows(self, tokens: Ids, mask: Ids, positions: Ids) -> NDArray[np.float32]:
+        logits, self._past = self._extend(tokens, mask, positions, self._past)
+        return logits[:, -1]
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        self._past = {name: value[rows] for name, value in self._past.items()}
 
     def _empty(self) -> dict[str, NDArray[np.float32]]:
         return {name: np.zeros((1, heads, 0, size), np.float32) for name, (heads, size) in self._heads.items()}
 
-    def _extend(self, past: dict[str, Any], new: list[int], length: int) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Logits (tokens, vocabulary) of `new` and the past that has them."""
-        feed: dict[str, Any] = {
-            "input_ids": np.array([new], np.int64),
-            "attention_mask": np.ones((1, length + len(new)), np.int64),
-            **past,
-        }
+    def _extend(
+        self, tokens: Ids, mask: Ids, positions: Ids, past: dict[str, Any]
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Logits (rows, new, vocabulary) of `tokens` and the past that has them."""
+        feed: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, **past}
         if "position_ids" in self._inputs:
-            feed["position_ids"] = np.arange(length, length + len(new), dtype=np.int64)[None]
+            feed["position_ids"] = positions
         logits, *present = self._session.run(self._outputs, feed)
-        return logits[0], dict(zip(past, present, strict=True))
+        return logits, dict(zip(past, present, strict=True))
+
+
+def _unpadded(at: int, new: int) -> tuple[Ids, Ids]:
+    """Mask and positions of one row's `new` tokens from position `at` on."""
+    return np.ones((1, at + new), np.int64), np.arange(at, at + new, dtype=np.int64)[None]
 
 
 class FusedRuntime:

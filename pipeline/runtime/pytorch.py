@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from pipeline.model.base import load_tuned
-from pipeline.runtime.generation import Token, greedy
+from pipeline.runtime.generation import Ids
 
 
 class PytorchRuntime:
@@ -35,32 +35,18 @@ class PytorchRuntime:
         return self._forward(torch.tensor([list(tokens)]), self._cache, keep)[0]
 
     @torch.inference_mode()
-    def generate_together(
-        self, prefix: Sequence[int], prompts: Sequence[Sequence[int]], max_new_tokens: int, end: int
-    ) -> list[list[Token]]:
-        """The greedy replies to `prompts`, each up to its `end` token, in one batch padded on the left."""
-        rows, longest = len(prompts), max(map(len, prompts))
-        pads = torch.tensor([longest - len(asked) for asked in prompts])
-        tokens = torch.tensor([[end] * (longest - len(asked)) + list(asked) for asked in prompts])
-        mask = torch.ones((rows, len(prefix) + longest), dtype=torch.long)
-        mask[:, len(prefix) :] = torch.arange(longest)[None] >= pads[:, None]
-        positions = (mask.cumsum(-1) - 1)[:, len(prefix) :]
-        cache = DynamicCache()
-        self._forward(torch.tensor([list(prefix)]), cache, 1)
-        cache.batch_repeat_interleave(rows)
-        replies: list[list[Token]] = [[] for _ in prompts]
-        for _ in range(max_new_tokens):
-            logits = self._forward(tokens, cache, 1, attention_mask=mask, position_ids=positions)[:, 0]
-            found = [greedy(row) for row in logits]
-            for reply, token in zip(replies, found, strict=True):
-                if not reply or reply[-1].id != end:
-                    reply.append(token)
-            if all(reply[-1].id == end for reply in replies):
-                break
-            tokens = torch.tensor([[token.id] for token in found])
-            mask = torch.cat([mask, torch.ones((rows, 1), dtype=torch.long)], 1)
-            positions = positions[:, -1:] + 1
-        return replies
+    def begin_rows(self, prefix: Sequence[int], rows: int) -> None:
+        self._prefix, self._cache = [], DynamicCache()  # of the rows from now on
+        self._forward(torch.tensor([list(prefix)]), self._cache, 1)
+        self._cache.batch_repeat_interleave(rows)
+
+    @torch.inference_mode()
+    def step_rows(self, tokens: Ids, mask: Ids, positions: Ids) -> NDArray[np.float32]:
+        more = {"attention_mask": torch.from_numpy(mask), "position_ids": torch.from_numpy(positions)}
+        return self._forward(torch.from_numpy(tokens), self._cache, 1, **more)[:, 0]
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        self._cache.batch_select_indices(torch.tensor(rows, device=self._device))
 
     @torch.inference_mode()
     def _forward(

@@ -1,8 +1,9 @@
 """Tools on offer, as data: a name, one line, and a JSON schema of the arguments."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 import jsonschema
@@ -20,13 +21,9 @@ class Tool:
     description: str
     parameters: dict[str, Any]  # a JSON schema of type object
 
-    @cached_property
-    def validator(self) -> jsonschema.Draft202012Validator:
-        return jsonschema.Draft202012Validator(self.parameters)
-
     def fault(self, arguments: dict[str, Any]) -> str | None:
         """What keeps `arguments` from fitting the schema, or None where they fit."""
-        error = next(iter(self.validator.iter_errors(arguments)), None)
+        error = next(iter(_validator(json.dumps(self.parameters)).iter_errors(arguments)), None)
         return None if error is None else f"{error.json_path}: {error.message}"
 
     def to_json(self) -> dict[str, Any]:
@@ -55,12 +52,20 @@ def _parse_tool(value: Any, where: str) -> Tool:
         case _:
             raise ValueError(f"{where}: needs a name and parameters, got {str(value)[:120]!r}")
     try:
-        jsonschema.Draft202012Validator.check_schema(parameters)
+        _validator(json.dumps(parameters))
     except jsonschema.SchemaError as error:
         raise ValueError(f"{where} ({name}): parameters are no JSON schema: {error.message}") from error
     if parameters.get("type") != "object":
         raise ValueError(f"{where} ({name}): parameters must be of type object")
     return Tool(name, description, parameters)
+
+
+@cache  # thousands of requests bring the same tools with them, and to check a schema takes milliseconds
+def _validator(schema: str) -> jsonschema.Draft202012Validator:
+    """Raises jsonschema's SchemaError where `schema` is none."""
+    found = json.loads(schema)
+    jsonschema.Draft202012Validator.check_schema(found)
+    return jsonschema.Draft202012Validator(found)
 
 
 def find_tool(tools: Sequence[Tool], name: str) -> Tool | None:

@@ -1,8 +1,11 @@
+import random
+
 import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.model.shared_prefix import Example, groups, loss, tensors
+from pipeline.model.int8_training import Int8Products
+from pipeline.model.shared_prefix import ATTENTION, Example, loss, pack, steps
 
 
 def tiny_model() -> LlamaForCausalLM:
@@ -20,38 +23,59 @@ def tiny_model() -> LlamaForCausalLM:
     )
 
 
-GROUP = [
+STEP = [
     Example([1, 2, 3, 4, 10, 11, 20, 21, 22], 6, 4),
+    Example([5, 6, 7, 12, 23], 4, 3),
     Example([1, 2, 3, 4, 12, 23], 5, 4),
     Example([1, 2, 3, 4, 13, 14, 15, 24, 25, 26], 7, 4, weight=0.25),
+    Example([5, 6, 7, 30, 31, 32, 33], 5, 3),
 ]
 
 
 def test_loss_and_gradient_are_those_of_the_plain_batch() -> None:
+    """Two prefixes in one step, one of them not first in it."""
     model = tiny_model()
-    loss(model, tensors(GROUP, pad=0)).backward()  # type: ignore[no-untyped-call]
-    shared = {name: weight.grad.clone() for name, weight in model.named_parameters()}
-    model.zero_grad()
     terms, weights = [], []
-    for row in GROUP:
+    for row in STEP:
         logits = model(input_ids=torch.tensor([row.tokens])).logits[0]
         predicted = logits[row.reply_at - 1 : -1]
         terms.append(functional.cross_entropy(predicted, torch.tensor(row.tokens[row.reply_at :]), reduction="none"))
         weights += [1.0, *[row.weight] * (len(predicted) - 1)]
-    plain = (torch.cat(terms) * torch.tensor(weights)).sum() / sum(weights)
+    plain = (torch.cat(terms) * torch.tensor(weights)).mean()
     plain.backward()  # type: ignore[no-untyped-call]
-    torch.testing.assert_close(loss(model, tensors(GROUP, pad=0)), plain)
+    expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    model.set_attn_implementation(ATTENTION)
+    found = loss(model, pack(STEP))
+    torch.testing.assert_close(found, plain)
+    found.backward()  # type: ignore[no-untyped-call]
     for name, weight in model.named_parameters():
-        torch.testing.assert_close(shared[name], weight.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(weight.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_groups_hold_every_example_once_within_the_budget() -> None:
+def test_steps_hold_every_example_once_within_the_budget() -> None:
     rare = [Example([9, 8, n, 3], 3, 2 + n % 2) for n in range(5)]
     long = Example([1, 2, 3, 4, *range(10, 50)], 6, 4)
-    examples = [*GROUP * 10, *rare, long]
-    found = groups(examples, tokens=20)
-    assert sorted(at for group in found for at in group) == list(range(36))
-    for group in found:
-        longest = max(len(examples[at].tokens) - 4 for at in group)
-        assert len(group) * longest <= (20 if 0 in group else 40) or len(group) == 1
-    assert min(len(group) for group in found if 0 in group) >= 20 // 5  # rows of 5 and less: four fit
+    examples = [*STEP * 10, *rare, long]
+    found = steps(examples, tokens=30, rng=random.Random(0))
+    assert sorted(at for step in found for at in step) == list(range(56))
+    sizes = [pack([examples[at] for at in step])["tokens"].shape[1] for step in found]
+    assert all(size <= 30 or len(step) == 1 for size, step in zip(sizes, found, strict=True))
+    assert sum(sizes) / len(sizes) > 20
+    assert found != steps(examples, tokens=30, rng=random.Random(1))
+
+
+def test_int8_products_are_close_forward_and_backward() -> None:
+    model = tiny_model()
+    model.set_attn_implementation(ATTENTION)
+    gradients = []
+    for products in (torch.enable_grad(), Int8Products()):
+        model.zero_grad()
+        with products:
+            found = loss(model, pack(STEP))
+            found.backward()  # type: ignore[no-untyped-call]
+        gradients.append([weight.grad.clone() for weight in model.parameters() if weight.grad is not None])
+    for exact, rounded in zip(*gradients, strict=True):
+        assert not torch.equal(exact, rounded) or exact.ndim == 1  # norms stay exact but for what reaches them
+        error = (exact - rounded).norm() / exact.norm()
+        assert error < 0.05

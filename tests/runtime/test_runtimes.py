@@ -10,8 +10,7 @@ from pipeline.model.agreement import pytorch_logits
 from pipeline.model.base import load_tuned
 from pipeline.model.onnx_export import export_portable
 from pipeline.runtime.caller import load_runtime
-from pipeline.runtime.generation import Runtime
-from pipeline.runtime.pytorch import PytorchRuntime
+from pipeline.runtime.generation import RowsRuntime, Runtime, generate_together
 
 PREFIX, OTHER = list(range(10, 30)), list(range(60, 95))
 ASKED, WRONG, RIGHT = [1, 2, 3, 4, 5], [6, 7, 8], [9, 10]
@@ -42,16 +41,21 @@ def test_steps_give_the_logits_of_a_plain_pass(
         np.testing.assert_allclose(again, expected[-2:], atol=1e-4)
 
 
-def test_replies_together_are_those_alone(tiny_base: Path) -> None:
-    """Rows of different length, padded on the left, behind one prefix."""
-    model, tokenizer = load_tuned(tiny_base)
-    runtime = PytorchRuntime(tiny_base, "cpu", threads=1)
+@pytest.mark.parametrize("kind", ["base", "onnx"])
+@pytest.mark.filterwarnings("ignore")  # torch's exporter warns about itself
+def test_replies_together_are_those_alone(kind: str, tiny_base: Path, request: pytest.FixtureRequest) -> None:
+    """Rows of different length, padded on the left, behind one prefix; a row that ends leaves the batch."""
+    model, _ = load_tuned(tiny_base)
+    runtime = load_runtime(tiny_base if kind == "base" else request.getfixturevalue("tiny_onnx"), "cpu", threads=1)
+    assert isinstance(runtime, RowsRuntime)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
-    found = runtime.generate_together(PREFIX, prompts, max_new_tokens=8, end=tokenizer.eos_token_id)
+    end = generate_together(runtime, PREFIX, prompts[1:2], -1, 3)[0][-1].id  # one of the rows ends early
+    found = generate_together(runtime, PREFIX, prompts, end, max_new_tokens=8)
+    assert len(found[1]) <= 3
     for asked, reply in zip(prompts, found, strict=True):
         tokens = [*PREFIX, *asked]
         with torch.inference_mode():
             for token in reply:
                 assert int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()) == token.id
                 tokens.append(token.id)
-        assert len(reply) == 8 or reply[-1].id == tokenizer.eos_token_id
+        assert len(reply) == 8 or reply[-1].id == end
