@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(if $(wildcard /proc/driver/nvidia/version),gpu,cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run gate test check
+.PHONY: help install run gate release test check
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -26,6 +26,9 @@ run: install ## go through every stage of dvc.yaml that is not up to date
 
 gate: install ## fail unless a variant passes the rules of params.yaml's report section
 	$(BIN)/python -m pipeline.report report.gate=true
+
+release: install ## write models/release: the recommended variant with model card and hashes
+	$(BIN)/python -m pipeline.release
 
 test: install ## pass every test
 	$(BIN)/python -m pytest

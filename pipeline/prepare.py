@@ -1,7 +1,7 @@
 """Stage `prepare`: make training requests from phrasings, and check those written by hand.
 
 Reads data/tools.json and data/requests; writes {train,validation,test,validation-hand}.jsonl in
-data/prepared and reports/prepare.json.
+data/prepared and reports/prepare.json. Where paths.requests is one file, a user's own, it is split instead.
 """
 
 import logging
@@ -20,12 +20,14 @@ from tqdm import tqdm
 from pipeline import config, files
 from pipeline.provenance import provenance
 from pipeline.toolcall.conversation import NONE, Request, parse_request
+from pipeline.toolcall.openai_chat import from_openai, is_openai
 from pipeline.toolcall.slots import SLOT, Draw, Record
 from pipeline.toolcall.tool import Tool, parse_tools
 
 log = logging.getLogger(__name__)
 
 HAND_WRITTEN = ("test", "validation-hand")
+OWN_FRACTIONS = {"test": 0.2, "validation-hand": 0.1}  # of a single file of requests
 VARIATIONS = 3  # per tool that is called
 
 
@@ -61,11 +63,36 @@ class Phrasing:
 
 def run(tools_file: Path, requests: Path, out: Path, report: Path, cfg: PrepareConfig) -> dict[str, Any]:
     tools = parse_tools(files.read_json(tools_file), str(tools_file))
-    hand = {name: read_requests(requests / f"{name}.jsonl", tools) for name in HAND_WRITTEN}
-    slots = read_slots(requests / "slots")
+    if requests.is_file():
+        made, hand, counts = split_own(read_requests(requests, tools), requests, cfg)
+    else:
+        made, hand, counts = make_splits(requests, tools, cfg)
+    with files.whole_folder(out) as folder:
+        for name, group in (made | hand).items():
+            files.write_jsonl(folder / f"{name}.jsonl", (request.to_json() for request in group))
+    metrics = {
+        "requests": {name: len(group) for name, group in (made | hand).items()},
+        "train_by_category": dict(Counter(request.category for request in made["train"]).most_common(7)),
+        **counts,
+        "overlap": _overlap(made | hand),
+    }
+    files.write_json(report, metrics | {"provenance": provenance(cfg)})
+    log.info("%s requests in %s", metrics["requests"], out)
+    return metrics
+
+
+Splits = dict[str, list[Request]]
+
+
+def make_splits(
+    folder: Path, tools: tuple[Tool, ...], cfg: PrepareConfig
+) -> tuple[Splits, Splits, dict[str, dict[str, int]]]:
+    """What is made from phrasings, what was written by hand, and how many phrasings went where."""
+    hand = {name: read_requests(folder / f"{name}.jsonl", tools) for name in HAND_WRITTEN}
+    slots = read_slots(folder / "slots")
     phrasings = [
         Phrasing(where, value)
-        for path in sorted((requests / "train").glob("*.jsonl"))
+        for path in sorted((folder / "train").glob("*.jsonl"))
         for where, value in files.read_jsonl(path)
     ]
     rng = random.Random(cfg.seed)
@@ -76,25 +103,37 @@ def run(tools_file: Path, requests: Path, out: Path, report: Path, cfg: PrepareC
         "train": make(kept, slots, tools, cfg, (cfg.requests - n_validation, rng, taken)),
         "validation": make(held_out, slots, tools, cfg, (n_validation, rng, taken)),
     }
-    with files.whole_folder(out) as folder:
-        for name, group in (made | hand).items():
-            files.write_jsonl(folder / f"{name}.jsonl", (request.to_json() for request in group))
-    metrics = {
-        "requests": {name: len(group) for name, group in (made | hand).items()},
-        "train_by_category": dict(Counter(request.category for request in made["train"]).most_common(7)),
-        "phrasings": {"train": len(kept), "validation": len(held_out)},
-        "overlap": _overlap(made | hand),
-    }
-    files.write_json(report, metrics | {"provenance": provenance(cfg)})
-    log.info("%s requests in %s", metrics["requests"], out)
-    return metrics
+    return made, hand, {"phrasings": {"train": len(kept), "validation": len(held_out)}}
+
+
+def split_own(
+    requests: list[Request], path: Path, cfg: PrepareConfig
+) -> tuple[Splits, Splits, dict[str, dict[str, int]]]:
+    """A user's requests in four parts, by chance; a text that comes again is dropped and counted.
+
+    Raises ValueError where they are too few to give each part one.
+    """
+    different = list({_text(request): request for request in requests}.values())
+    random.Random(cfg.seed).shuffle(different)
+    fractions = OWN_FRACTIONS | {"validation": cfg.validation_fraction}
+    parts: Splits = {}
+    at = 0
+    for name, fraction in fractions.items():
+        n = round(len(different) * fraction)
+        parts[name] = different[at : at + n]
+        at += n
+    parts["train"] = different[at:]
+    if empty := [name for name, part in parts.items() if not part]:
+        raise ValueError(f"{path}: {len(different)} different requests leave these parts empty: {empty}")
+    made, hand = ({name: parts[name] for name in names} for names in (("train", "validation"), HAND_WRITTEN))
+    return made, hand, {"own_requests": {"read": len(requests), "dropped": len(requests) - len(different)}}
 
 
 def read_requests(path: Path, tools: tuple[Tool, ...]) -> list[Request]:
     """Raises ValueError naming file and line of a request that breaks the format or has a twin's id."""
     requests: dict[str, Request] = {}
     for where, value in files.read_jsonl(path):
-        request = parse_request(value, tools, where)
+        request = parse_request(from_openai(value, where) if is_openai(value) else value, tools, where)
         if request.id in requests:
             raise ValueError(f"{where}: id: {request.id!r} stands in the file twice")
         requests[request.id] = request

@@ -65,3 +65,16 @@ def test_read_requests_names_the_line_that_is_no_json(tmp_path: Path) -> None:
 def test_setting_out_of_range_names_key_and_range() -> None:
     with pytest.raises(ValueError, match=r"prepare\.validation_fraction must lie in \[0.01, 0.5\], got 0.9"):
         PrepareConfig(0, 400, 0.9, 0.2, 0.1, 0.2, 0.25, 0.15)
+
+
+def test_a_single_file_of_requests_is_split_without_overlap(tmp_path: Path) -> None:
+    line = {"id": "a", "category": "none", "messages": [{"role": "user", "content": "hi"}], "expected": None}
+    lines = [line | {"id": str(n), "messages": [{"role": "user", "content": f"hi {n % 40}"}]} for n in range(50)]
+    files.write_jsonl(tmp_path / "own.jsonl", lines)
+    metrics = run(ROOT / "data/tools.json", tmp_path / "own.jsonl", tmp_path / "out", tmp_path / "prepare.json", CFG)
+    assert metrics["requests"] == {"train": 22, "validation": 6, "test": 8, "validation-hand": 4}
+    assert metrics["own_requests"] == {"read": 50, "dropped": 10}
+    assert metrics["overlap"] == 0
+    files.write_jsonl(tmp_path / "own.jsonl", lines[:3])
+    with pytest.raises(ValueError, match="3 different requests leave these parts empty"):
+        run(ROOT / "data/tools.json", tmp_path / "own.jsonl", tmp_path / "out", tmp_path / "prepare.json", CFG)

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from pipeline import files
 from pipeline.runtime.generation import ALL, Prompt, Runtime, Techniques, Token, generate
+from pipeline.runtime.manifest import check_manifest
 from pipeline.toolcall import prompt
 from pipeline.toolcall.conversation import Message
 from pipeline.toolcall.grammar import Grammar
@@ -51,15 +52,22 @@ class ToolCaller:
     def load(
         cls,
         folder: Path | str,
-        tools: Path | str = "data/tools.json",
+        tools: Path | str | None = None,
         device: str = "cpu",
         threads: int = 2,
         techniques: Techniques = ALL,
     ) -> "ToolCaller":
-        """Raises FileNotFoundError where `folder` holds no model that a stage of this project wrote."""
+        """`tools`: their file; without it, the one in `folder` or else data/tools.json.
+
+        Raises FileNotFoundError where `folder` holds no model that a stage of this project wrote, ValueError where
+        a released one was changed.
+        """
         folder = Path(folder)
         if not (folder / "config.json").exists():  # transformers would look for a model of that name on its hub
             raise FileNotFoundError(f"{folder} holds no model: no config.json")
+        check_manifest(folder)
+        own = folder / "tools.json"
+        tools = tools or (own if own.exists() else Path("data/tools.json"))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         found = parse_tools(files.read_json(Path(tools)), str(tools))
         return cls(load_runtime(folder, device, threads), tokenizer, found, techniques)

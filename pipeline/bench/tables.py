@@ -1,0 +1,92 @@
+"""The report's tables, and the page of replies side by side."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pipeline import files
+
+
+def ladder(found: dict[str, Any], faults: dict[str, str | None], baseline: str) -> pd.DataFrame:
+    rows = []
+    base = found["benchmark"][baseline]["call_s"]["p50"]
+    for name in faults:
+        scored, bench = found["evaluate"][name], found["benchmark"][name]
+        low, high = scored["exact_call_ci95"]
+        last = bench["by_concurrency"][-1]
+        rows.append(
+            {
+                "variant": name,
+                "exact calls": f"{scored['exact_call_fraction']:.1%} ({low:.1%} to {high:.1%})",
+                "p50 ms": f"{1e3 * bench['call_s']['p50']:.0f}",
+                "p95 ms": f"{1e3 * bench['call_s']['p95']:.0f}",
+                "faster": f"{base / bench['call_s']['p50']:.2f}x",
+                f"calls/s at {last['concurrency']}": f"{last['calls_per_s']:.2f}",
+                "MB on disk": f"{bench['model_bytes'] / 1e6:.0f}",
+                "peak MB": f"{bench['peak_rss_bytes'] / 1e6:.0f}",
+                "USD per million tokens": f"{found['cost']['variants'][name]['usd_per_million_tokens']:.2f}",
+                "passes": faults[name] or "yes",
+                "saved": f"{found['cost']['variants'][name]['savings_fraction']:.0%}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def beside(found: dict[str, Any]) -> pd.DataFrame:
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:.1%}"
+
+    return pd.DataFrame(
+        [
+            {
+                "variant": name,
+                "exact calls": percent(scored["exact_call_fraction"]),
+                "right tool": percent(scored["right_tool_fraction"]),
+                "valid calls": percent(scored["valid_call_fraction"]),
+                "calls where it must": percent(scored["must_call_fraction"]),
+                "abstains where it must": percent(scored["abstain_fraction"]),
+                "changed by the grammar": percent(scored["constraint_changed_fraction"]),
+                "p against fp32": f"{scored['mcnemar_p_vs_fp32']:.3f}"
+                if scored.get("mcnemar_p_vs_fp32") is not None
+                else "",
+            }
+            for name, scored in found["evaluate"].items()
+        ]
+    )
+
+
+def category(found: dict[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            name: {category: f"{hit['exact_call_fraction']:.0%}" for category, hit in scored["by_category"].items()}
+            for name, scored in found["evaluate"].items()
+        }
+    )
+
+
+def outcome(found: dict[str, Any]) -> pd.DataFrame:
+    rows = {name: scored["outcomes"] for name, scored in found["evaluate"].items()}
+    return pd.DataFrame(rows).fillna(0).astype(int)
+
+
+def confusion(scored: dict[str, Any]) -> pd.DataFrame:
+    table = pd.DataFrame(scored["confusion"]).T.fillna(0).astype(int).sort_index()
+    return table[sorted(table.columns)]
+
+
+def examples(folder: Path, variants: Sequence[str]) -> str:
+    """Every test request that not all variants answer right, with each one's reply; then the ids of the rest."""
+    replies = {name: [row for _, row in files.read_jsonl(folder / f"{name}.replies.jsonl")] for name in variants}
+    parts, right = ["# Replies side by side", "Of the test requests that not all variants answer exactly."], []
+    for rows in zip(*replies.values(), strict=True):
+        if all(row["outcome"] == "exact" for row in rows):
+            right.append(rows[0]["id"])
+            continue
+        parts += [f"## {rows[0]['id']}", "    " + rows[0]["request"].replace("\n", "\n    ")]
+        same: dict[tuple[str, str], list[str]] = {}
+        for name, row in zip(replies, rows, strict=True):
+            same.setdefault((row["outcome"], row["reply"]), []).append(name)
+        parts += [f"- {', '.join(names)}: **{outcome}** `{reply!r}`" for (outcome, reply), names in same.items()]
+    return "\n\n".join([*parts, f"All right: {', '.join(right)}.", ""])

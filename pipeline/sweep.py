@@ -1,0 +1,160 @@
+"""Sweeps over quantization settings: each trial quantizes, scores and times in a folder of its own.
+
+    python -m pipeline.sweep -m sweep.name=blocks variant=int4 quantize.int4.block_size=16,32,64
+
+Hydra makes the trials of what is given on the command line, and its launcher runs them. Reads models/fused;
+writes reports/sweeps/NAME/: a folder for each trial, trials.csv and pareto.png. Calls are scored on the
+validation requests written by hand: a setting chosen on the test would flatter itself.
+A trial that was done with equal settings and inputs is not done again; one that fails does not stop the others.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pandas as pd
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline import config, files
+from pipeline.bench import pareto
+
+log = logging.getLogger(__name__)
+
+STAGES = ("quantize", "evaluate", "benchmark")
+
+
+@dataclass
+class SweepConfig:
+    name: str
+    requests: Path  # that exact calls are counted on
+    max_loss_fraction: float  # of exact calls, against the best trial, that a faster one may lose to be recommended
+
+    def __post_init__(self) -> None:
+        if not self.name or Path(self.name).name != self.name:
+            raise ValueError(f"sweep.name must be a plain name, got {self.name!r}")
+        config.require_range("sweep.max_loss_fraction", self.max_loss_fraction, 0, 1)
+
+
+@dataclass
+class Params:
+    paths: config.Paths
+    variant: str
+    sweep: SweepConfig
+
+    def __post_init__(self) -> None:
+        config.require_one_of("variant", self.variant, ["int8", "int4"])
+
+
+def run(params: Params, settings: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """One trial; `settings` are those of its stages. Its row in trials.csv."""
+    sweep = params.paths.reports / "sweeps" / params.sweep.name
+    folder = sweep / trial_id(params, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_one(folder):
+        done = folder / "trial.json"
+        row: dict[str, Any]
+        if done.exists() and (row := files.read_json(done))["error"] is None:
+            log.info("%s was done before", folder)
+        else:
+            row = {"trial": folder.name, "overrides": " ".join(overrides), **trial(params, folder, overrides)}
+            files.write_json(done, row)
+    summarize(sweep, params.sweep.max_loss_fraction)
+    return row
+
+
+def trial_id(params: Params, settings: dict[str, Any]) -> str:
+    """Of the settings, the graph that is quantized and the requests, so that equal trials have equal ids."""
+    inputs = {
+        "variant": params.variant,
+        "settings": settings,
+        "fused": [files.sha256(path) for path in sorted((params.paths.models / "fused").glob("model.onnx*"))],
+        "requests": files.sha256(params.sweep.requests),
+        "calibration": files.sha256(params.paths.prepared / "train.jsonl"),
+    }
+    text = json.dumps(inputs, sort_keys=True, default=str)
+    return f"{params.variant}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Raises RuntimeError where another sweep is at this trial."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"another sweep of this name is at {folder}: wait, or give a sweep.name") from error
+        yield
+
+
+def trial(params: Params, folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """The stages one after the other, each a process of its own: the benchmark reads its peak memory."""
+    models = folder / "models"
+    models.mkdir(exist_ok=True)
+    fused = models / "fused"
+    if not fused.is_symlink():
+        fused.symlink_to((params.paths.models / "fused").resolve(), target_is_directory=True)
+    own = [f"variant={params.variant}", f"paths.models={models}", f"paths.reports={folder}"]
+    given = [override for override in overrides if not override.startswith(("sweep.", "paths.", "variant="))]
+    environment = os.environ | {"HYDRA_FULL_ERROR": "1"}  # the last line then is the error itself
+    start = time.perf_counter()
+    for stage in STAGES:
+        more = [f"evaluate.requests={params.sweep.requests}"] if stage == "evaluate" else []
+        command = [sys.executable, "-m", f"pipeline.{stage}", *given, *own, *more]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)  # noqa: S603
+        (folder / f"{stage}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            log.warning("%s: %s failed: %s", folder, stage, lines[-1])
+            return {"error": f"{stage}: {lines[-1]}"}
+    quantize, evaluate, benchmark = (files.read_json(folder / stage / f"{params.variant}.json") for stage in STAGES)
+    return {
+        "error": None,
+        "exact_call_fraction": evaluate["exact_call_fraction"],
+        "p50_s": benchmark["call_s"]["p50"],
+        "model_bytes": quantize["model_bytes"],
+        "kl_divergence": quantize["kl_divergence"],
+        "same_token_fraction": quantize["same_token_fraction"],
+        "peak_rss_bytes": benchmark["peak_rss_bytes"],
+        "trial_s": time.perf_counter() - start,
+    }
+
+
+def summarize(sweep: Path, max_loss_fraction: float) -> None:
+    """trials.csv, and pareto.png where a trial succeeded."""
+    rows = [files.read_json(path) for path in sorted(sweep.glob("*/trial.json"))]
+    if not rows:
+        return
+    table = pareto.ranked(pd.DataFrame(rows), max_loss_fraction)
+    files.write_text(sweep / "trials.csv", table.to_csv(index=False))
+    if table["error"].isna().any():
+        pareto.plot(table, sweep / "pareto.png")
+
+
+@hydra.main(version_base="1.3", config_path="..", config_name="params")
+def main(raw: DictConfig) -> tuple[float, float, float] | None:
+    """What Hydra's Optuna sweeper is given to optimise: exact calls, seconds, bytes; None where a trial failed."""
+    params = config.load(raw, Params)
+    settings = OmegaConf.to_container(raw, resolve=True)
+    read = {name: settings[name] for name in ("quantize", "evaluate", "benchmark")}
+    read["quantize"] = {key: value for key, value in read["quantize"].items() if key not in ("int8", "int4")} | {
+        params.variant: read["quantize"][params.variant]
+    }
+    row = run(params, read, list(HydraConfig.get().overrides.task))
+    log.info("%s", {key: row.get(key) for key in ("overrides", "error", "exact_call_fraction", "p50_s")})
+    return None if row["error"] else (row["exact_call_fraction"], row["p50_s"], row["model_bytes"])
+
+
+if __name__ == "__main__":
+    main()
