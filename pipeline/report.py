@@ -12,7 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
-from pipeline.bench import page, plot, tables
+from pipeline.bench import against, page, plot, tables
 from pipeline.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ class ReportConfig:
     significance: float  # one that loses, with a McNemar p below this, does not pass either
     min_exact_fraction: float  # below this nothing is recommended
     gate: bool  # write nothing, fail where no variant passes
+    against: str | None  # write nothing, show what changed since this revision
 
     def __post_init__(self) -> None:
         config.require_range("report.significance", self.significance, 0, 1)
@@ -56,6 +57,11 @@ def run(reports: Path, cfg: ReportConfig) -> None:
     if cfg.gate:  # it only asks: the reports stay as the stage left them
         if best is None:
             raise RuntimeError(f"no variant passes the gate: {faults}")
+        return
+    if cfg.against:
+        sides = against.of_revision(reports, cfg.against), against.of_folder(reports)
+        table = against.changes(*sides, LADDER, cfg.significance)
+        log.info("since %s:\n\n%s", cfg.against, table.to_markdown(index=False, disable_numparse=True))
         return
     with files.whole_folder(reports / "plots") as folder:
         plot.all_plots(found, reports, folder, (SCORED, LADDER))

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.report import ReportConfig, fault, recommend
 
-CFG = ReportConfig(max_loss_fraction=0.02, significance=0.05, min_exact_fraction=0.5, gate=False)
+CFG = ReportConfig(max_loss_fraction=0.02, significance=0.05, min_exact_fraction=0.5, gate=False, against=None)
 FP32 = {"exact_call_fraction": 0.80}
 
 

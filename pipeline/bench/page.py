@@ -33,7 +33,7 @@ def html(title: str, text: str, folder: Path, more: dict[str, str]) -> str:
 
 
 def _render(text: str) -> str:
-    found = MarkdownIt("commonmark").enable("table").render(text)
+    found: str = MarkdownIt("commonmark").enable("table").render(text)
     return found.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
 
 

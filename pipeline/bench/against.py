@@ -1,0 +1,86 @@
+"""What changed between two runs of the pipeline, and which changes are larger than their noise."""
+
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.bench.statistics import mcnemar_p
+
+Read = Callable[[str], str]  # the text of a file below the reports' folder
+RESAMPLES = 2000
+
+
+def of_folder(reports: Path) -> Read:
+    return lambda name: (reports / name).read_text(encoding="utf-8")
+
+
+def of_revision(reports: Path, revision: str) -> Read:
+    """Raises ValueError for a revision that git does not know, or that has no such report."""
+
+    def read(name: str) -> str:
+        command = ["git", "show", f"{revision}:./{(reports / name).as_posix()}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        if done.returncode:
+            raise ValueError(f"report.against={revision}: {done.stderr.strip()}")
+        return done.stdout
+
+    return read
+
+
+def changes(before: Read, now: Read, variants: Sequence[str], significance: float) -> pd.DataFrame:
+    """One row for each variant and measure: exact calls, p50 and bytes."""
+    rows = []
+    for variant in variants:
+        found = _exact(before, now, variant, significance), _p50(before, now, variant), _bytes(before, now, variant)
+        rows += [{"variant": variant, **row} for row in found]
+    return pd.DataFrame(rows)
+
+
+def _exact(before: Read, now: Read, variant: str, significance: float) -> dict[str, str]:
+    """On the requests that both runs scored, pair by pair."""
+    hits = []
+    for read in (before, now):
+        lines = (json.loads(line) for line in read(f"evaluate/{variant}.replies.jsonl").splitlines())
+        hits.append({line["id"]: line["outcome"] == "exact" for line in lines})
+    both = [name for name in hits[0] if name in hits[1]]
+    if not both:
+        return _row("exact calls", "", "", "", "no request in common")
+    old, new = ([hit[name] for name in both] for hit in hits)
+    p = mcnemar_p(old, new)
+    fractions = [sum(side) / len(both) for side in (old, new)]
+    old_text, new_text = (f"{fraction:.1%}" for fraction in fractions)
+    change = f"{100 * (fractions[1] - fractions[0]):+.1f} points"
+    return _row("exact calls", old_text, new_text, change, f"{'yes' if p < significance else 'no'} (McNemar p {p:.3f})")
+
+
+def _p50(before: Read, now: Read, variant: str) -> dict[str, str]:
+    """With a bootstrap interval of the ratio, which holds for calls of one run: runs differ by more."""
+    old, new = (np.array(_json(read, f"benchmark/{variant}.samples.json")["call_s"]) for read in (before, now))
+    rng = np.random.default_rng(0)
+    medians = [np.median(rng.choice(side, (RESAMPLES, len(side))), axis=1) for side in (old, new)]
+    low, high = np.percentile(medians[1] / medians[0], [2.5, 97.5])
+    ratio = float(np.median(new) / np.median(old))
+    machines = [_json(read, f"benchmark/{variant}.json")["provenance"]["machine"] for read in (before, now)]
+    found = "yes" if not low <= 1 <= high else "no"
+    if machines[0] != machines[1]:
+        found = "another machine"
+    old_text, new_text = (f"{1e3 * float(np.median(side)):.0f} ms" for side in (old, new))
+    return _row("p50", old_text, new_text, f"{ratio:.2f}x ({low:.2f} to {high:.2f})", found)
+
+
+def _bytes(before: Read, now: Read, variant: str) -> dict[str, str]:
+    old, new = (int(_json(read, f"benchmark/{variant}.json")["model_bytes"]) for read in (before, now))
+    return _row("bytes", f"{old:,}", f"{new:,}", f"{new - old:+,}", "no" if old == new else "yes")
+
+
+def _json(read: Read, name: str) -> Any:
+    return json.loads(read(name))
+
+
+def _row(measure: str, before: str, now: str, change: str, beyond: str) -> dict[str, str]:
+    return {"measure": measure, "before": before, "now": now, "change": change, "beyond noise": beyond}
