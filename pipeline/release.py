@@ -2,6 +2,7 @@
 
     python -m pipeline.release                  the variant that the report recommends
     python -m pipeline.release release.variant=int4
+    python -m pipeline.release release.gguf=Q8_0    and a GGUF file of the tuned model, for llama.cpp and Ollama
 
 Writes models/release. ToolCaller.load checks the hashes each time it opens such a folder.
 """
@@ -16,6 +17,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline import config, files
+from pipeline.model.gguf_export import QUANTIZATIONS, export_gguf
 from pipeline.runtime.manifest import write_manifest
 
 log = logging.getLogger(__name__)
@@ -26,8 +28,10 @@ FOLDERS = {"fused-fp32": "fused", "int8": "int8", "int4": "int4"}
 @dataclass
 class ReleaseConfig:
     variant: str | None  # empty: the recommended one
+    gguf: str | None  # weights of a GGUF file beside it; empty: none
 
     def __post_init__(self) -> None:
+        config.require_one_of("release.gguf", self.gguf, [None, *QUANTIZATIONS])
         config.require_one_of("release.variant", self.variant, [None, *FOLDERS])
 
 
@@ -46,6 +50,8 @@ def run(paths: config.Paths, settings: str, cfg: ReleaseConfig) -> Path:
     with files.whole_folder(out) as folder:
         for path in sorted((paths.models / FOLDERS[variant]).iterdir()):
             shutil.copy(path, folder / path.name)
+        if cfg.gguf:
+            export_gguf(paths.models / "tuned", folder / f"model.{cfg.gguf}.gguf", cfg.gguf)
         shutil.copy(paths.tools, folder / "tools.json")
         files.write_text(folder / "params.yaml", settings)
         files.write_text(folder / "README.md", card(variant, paths))

@@ -28,7 +28,7 @@ def paths(tmp_path: Path, tiny_fused: Path) -> config.Paths:
 
 
 def test_a_release_loads_with_its_own_tools_and_refuses_a_changed_byte(paths: config.Paths) -> None:
-    folder = run(paths, "variant: int8\n", ReleaseConfig(None))
+    folder = run(paths, "variant: int8\n", ReleaseConfig(None, None))
     assert "50.0% exact calls (95%: 10.0% to 90.0%)" in (folder / "README.md").read_text()
     caller = ToolCaller.load(folder, threads=1)
     assert [tool.name for tool in caller.tools] == ["Read"]
@@ -46,4 +46,4 @@ def test_a_release_loads_with_its_own_tools_and_refuses_a_changed_byte(paths: co
 def test_nothing_recommended_asks_for_a_name(paths: config.Paths) -> None:
     files.write_json(paths.reports / "report.json", {"recommended": None})
     with pytest.raises(RuntimeError, match=r"recommends no variant: name one with release\.variant"):
-        run(paths, "", ReleaseConfig(None))
+        run(paths, "", ReleaseConfig(None, None))
