@@ -9,7 +9,6 @@ import random
 import resource
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,23 +136,18 @@ def harness_call_s(caller: ToolCaller, request: Request, cfg: BenchmarkConfig) -
 
 
 def many_clients(caller: ToolCaller, requests: list[Request], clients: int, cfg: BenchmarkConfig) -> dict[str, Any]:
-    """Requests wait for their turn: until there is batching, the model answers one at a time.
+    """Requests wait for their turn: until there is batching, the model answers one at a time."""
+    new_tokens: list[int] = []
 
-    All on one thread: from several, PyTorch starts a pool of threads for each and runs at half its speed.
-    """
-    tokens = 0
+    def answer(number: int) -> None:
+        new_tokens.append(ask(caller, requests[number % len(requests)], cfg).new_tokens)
 
-    def call(number: int) -> None:
-        nonlocal tokens
-        tokens += worker.submit(ask, caller, requests[number % len(requests)], cfg).result().new_tokens
-
-    with ThreadPoolExecutor(1) as worker:
-        served = serve(call, clients, max(clients * cfg.calls_per_client, len(requests)))
+    served = serve(answer, clients, max(clients * cfg.calls_per_client, len(requests)))
     found = percentiles(served.call_s)
     return {
         "concurrency": clients,
         "calls_per_s": len(served.call_s) / served.wall_s,
-        "new_tokens_per_s": tokens / served.wall_s,
+        "new_tokens_per_s": sum(new_tokens) / served.wall_s,
         "p50_s": found["p50"],
         "p95_s": found["p95"],
         "error_fraction": served.errors / (served.errors + len(served.call_s)),

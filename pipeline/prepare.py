@@ -5,6 +5,7 @@ data/prepared and reports/prepare.json. Where paths.requests is one file, a user
 """
 
 import logging
+import math
 import random
 import re
 from collections import Counter
@@ -183,7 +184,7 @@ def make(
     n, rng, taken = quota
     kinds = _by_kind(phrasings)
     names = sorted(kinds)
-    weights = _weights(names, cfg)
+    weights = _weights(kinds, cfg)
     turns = {name: _endless(kinds[name], rng) for name in names}
     requests: list[Request] = []
     tries = 0
@@ -208,11 +209,12 @@ def _endless(phrasings: list[Phrasing], rng: random.Random) -> Iterator[Phrasing
         yield from rng.sample(phrasings, len(phrasings))
 
 
-def _weights(names: list[str], cfg: PrepareConfig) -> list[float]:
+def _weights(kinds: dict[str, list[Phrasing]], cfg: PrepareConfig) -> list[float]:
+    """Among the calls, a tool's share grows with the root of its phrasings: where there are more, more is to learn."""
     fixed = {NONE: cfg.none_fraction, "foreign": cfg.foreign_fraction}
-    calls = [name for name in names if name not in fixed]
-    left = 1 - sum(fixed[name] for name in names if name in fixed)
-    return [fixed.get(name, left / max(1, len(calls))) for name in names]
+    roots = {name: math.sqrt(len(group)) for name, group in kinds.items() if name not in fixed}
+    left = 1 - sum(fixed[name] for name in kinds if name in fixed)
+    return [fixed[name] if name in fixed else left * roots[name] / sum(roots.values()) for name in sorted(kinds)]
 
 
 def fill(
@@ -227,9 +229,10 @@ def fill(
     value = dict(phrasing.value)
     messages = [dict(message) for message in value["messages"]]
     text = messages[-1]["content"]
-    if rng.random() < cfg.noise_fraction:
+    typed = messages[-1]["role"] == "user"
+    if typed and rng.random() < cfg.noise_fraction:
         text = add_noise(text, rng)
-    if rng.random() < cfg.frame_fraction and "frame" in slots and "\n" not in text:
+    if typed and rng.random() < cfg.frame_fraction and "frame" in slots and "\n" not in text:
         text = _frame(text, str(rng.choice(slots["frame"])), value)
     messages[-1]["content"] = text
     value["messages"] = messages

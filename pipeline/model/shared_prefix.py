@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 ATTENTION = "shared_prefix"  # give it to the model's set_attn_implementation
-CLUSTER = 6  # requests with one prefix that stay together: fewer prefixes in a step, and yet a mixture
+CLUSTER = 12  # requests with one prefix that stay together: fewer prefixes in a step, and yet a mixture
 
 
 @dataclass(frozen=True)

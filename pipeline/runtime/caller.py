@@ -8,15 +8,16 @@ reply.call.name, reply.call.arguments, reply.confidence, reply.total_s
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from pipeline import files
-from pipeline.runtime.generation import ALL, Prompt, Runtime, Techniques, Token, generate
+from pipeline.runtime.generation import ALL, Choice, Prompt, Runtime, Techniques, Token, generate
 from pipeline.runtime.manifest import check_manifest
 from pipeline.toolcall import prompt
 from pipeline.toolcall.conversation import Message
@@ -77,40 +78,49 @@ class ToolCaller:
         messages: str | Sequence[Message],
         tools: tuple[Tool, ...] | None = None,
         max_new_tokens: int = 160,
+        choice: Choice = Choice.AUTO,
     ) -> Reply:
         """Raises ValueError naming both lengths where the request does not fit the model's context."""
         start = time.perf_counter()
-        tools = tools or self.tools
-        prefix, asked = self.encode(messages, tools, max_new_tokens)
+        prompted = self.prompt(messages, tools or self.tools, max_new_tokens, choice)
         tokens: list[Token] = []
         first_token_s = math.nan
-        end = self.tokenizer.eos_token_id
-        for token in generate(self.runtime, Prompt(prefix, asked, end), self._grammar(tools), self.techniques):
+        for token in self.stream(prompted, tools or self.tools, max_new_tokens):
             if not tokens:
                 first_token_s = time.perf_counter() - start
             tokens.append(token)
-            if len(tokens) == max_new_tokens:
-                break
         text, confidence = self.decode(tokens)
         total_s = time.perf_counter() - start
         return Reply(
             text,
-            parse_call(text),
+            parse_call(text) if choice != Choice.NONE else None,
             confidence,
             first_token_s,
             total_s,
-            len(asked),
+            len(prompted.asked),
             len(tokens),
-            finished=tokens[-1].id == end,
+            finished=tokens[-1].id == prompted.end,
             changed=any(token.changed for token in tokens),
         )
 
-    def encode(
-        self, messages: str | Sequence[Message], tools: tuple[Tool, ...], max_new_tokens: int
-    ) -> tuple[list[int], list[int]]:
-        """Tokens of the prefix and of the request."""
+    def prompt(
+        self, messages: str | Sequence[Message], tools: tuple[Tool, ...], max_new_tokens: int, choice: Choice
+    ) -> Prompt:
+        """Raises ValueError as `reply` does."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
+        prefix, asked = self.encode(messages, tools, max_new_tokens)
+        text = "\n".join(message["content"] for message in messages)
+        return Prompt(prefix, asked, self.tokenizer.eos_token_id, text, choice)
+
+    def stream(self, prompted: Prompt, tools: tuple[Tool, ...], max_new_tokens: int) -> Iterator[Token]:
+        """Token by token, the end token last unless cut off; to close the iterator stops the model."""
+        return islice(generate(self.runtime, prompted, self._grammar(tools), self.techniques), max_new_tokens)
+
+    def encode(
+        self, messages: Sequence[Message], tools: tuple[Tool, ...], max_new_tokens: int
+    ) -> tuple[list[int], list[int]]:
+        """Tokens of the prefix and of the request."""
         key = _key(tools)
         if key not in self._prefixes:
             self._prefixes[key] = prompt.prefix_tokens(self.tokenizer, tools)

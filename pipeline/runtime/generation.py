@@ -9,6 +9,7 @@ come, not which (the grammar apart, where the model would break a call's form):
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -67,18 +68,33 @@ class RowsRuntime(Protocol):
         """Drop the others."""
 
 
+class Choice(StrEnum):
+    """Whether the reply may be a call."""
+
+    AUTO = "auto"
+    REQUIRED = "required"
+    NONE = "none"
+
+
 @dataclass
 class Prompt:
     prefix: Sequence[int]
     asked: Sequence[int]
     end: int  # the token that ends a reply
+    text: str  # the request: what copied arguments are spans of
+    choice: Choice = Choice.AUTO
 
 
 def generate(runtime: Runtime, prompt: Prompt, grammar: Grammar | None, use: Techniques) -> Iterator[Token]:
-    """The greedy reply up to its end token; without one it goes on until the caller stops."""
-    runtime.begin(prompt.prefix)
+    """The greedy reply up to its end token; without one it goes on until the caller stops.
+
+    Raises ValueError where a call is required and there is no grammar.
+    """
     reply = _Reply(prompt, grammar if use.grammar else None)
-    feed, draft, at = list(prompt.asked), reply.opening_draft(use), len(prompt.prefix)
+    opening = reply.required()
+    runtime.begin(prompt.prefix)
+    yield from (Token(found, 0.0) for found in opening)
+    feed, draft, at = [*prompt.asked, *opening], reply.opening_draft(use), len(prompt.prefix)
     while True:
         logits = runtime.step([*feed, *draft], at, 1 + len(draft))
         at += len(feed)
@@ -143,10 +159,24 @@ class _Reply:
     def grammar_finished(self) -> bool:
         return self._guide is not None and self._guide.finished
 
+    def required(self) -> list[int]:
+        """What the reply begins with, whatever the model thinks."""
+        if self._prompt.choice != Choice.REQUIRED:
+            return []
+        if self._grammar is None:
+            raise ValueError("a call is required, but without tools or their grammar none can be")
+        self._take(self._grammar.opening)
+        return self._grammar.opening
+
     def opening_draft(self, use: Techniques) -> list[int]:
-        return self._grammar.opening if self._grammar and use.forced else []
+        if self._grammar is None or not use.forced or self._prompt.choice != Choice.AUTO:
+            return []
+        return self._grammar.opening
 
     def choose(self, logits: NDArray[np.float32]) -> Token:
+        if self._prompt.choice == Choice.NONE and self._grammar and not self.tokens:
+            logits = logits.copy()
+            logits[self._grammar.opening[0]] = -np.inf
         if self._guide:
             best = self._guide.best(logits)
             token = Token(best, _log_probability(logits, best), self._guide.changed)
@@ -176,7 +206,7 @@ class _Reply:
         if self._guide:
             self._guide.accept(tokens)
         elif self._grammar and self.tokens == self._grammar.opening:
-            self._guide = self._grammar.start()
+            self._guide = self._grammar.start(self._prompt.text)
             self._guide.accept(self.tokens)
 
 

@@ -1,6 +1,8 @@
 """What a call may look like, token by token, from the tools' JSON schemas (llguidance).
 
-Free text stays free: the grammar holds a reply only once it has begun with `<tool_call>`.
+Free text stays free: the grammar holds a reply only once it has begun with `<tool_call>`. A parameter that its
+schema marks `"x-copy": "span"` can only be a span of the request, one marked "path" also two spans with a
+slash between ("api.md in docs"): small models misspell what they copy.
 """
 
 import json
@@ -26,10 +28,14 @@ class Grammar:
             failed, why = LLMatcher.validate_grammar_with_warnings(_lark([tool]), self._vocabulary)
             if failed:
                 raise ValueError(f"tool {tool.name}: its parameters make no grammar: {'; '.join(why)}")
+        self._tools, self._copies = tools, any(map(_copied, tools))
         self._fresh = LLMatcher(self._vocabulary, _lark(tools))
         self.opening: list[int] = self._fresh.compute_ff_tokens()
 
-    def start(self) -> "Guide":
+    def start(self, text: str) -> "Guide":
+        """`text`: the request, of which copied arguments are spans."""
+        if self._copies:
+            return Guide(LLMatcher(self._vocabulary, _lark(self._tools, text)))
         return Guide(self._fresh.deep_copy())
 
 
@@ -66,20 +72,52 @@ class Guide:
         return int(allowed.argmax())
 
 
-def _lark(tools: Sequence[Tool]) -> str:
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool.name},
-                # An argument that the schema does not name is never right, whatever JSON Schema's default says.
-                "arguments": {"additionalProperties": False, **tool.parameters},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
+SPACES = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+
+
+def _lark(tools: Sequence[Tool], text: str = "") -> str:
+    # Chunks and not characters of the escaped text: a span must not end within an escape.
+    spans = {"substring_chunks": [json.dumps(char, ensure_ascii=False)[1:-1] for char in text]}
+    rules = [
+        f"start: {json.dumps(OPENING)} call {json.dumps(CLOSING)}",
+        "call: " + " | ".join(f"call{number}" for number in range(len(tools))),
+        'path: "\\"" SPAN ("/" SPAN)? "\\""\nspan: "\\"" SPAN "\\""',
+        f"SPAN: %regex {json.dumps(spans)}",
     ]
-    spaces = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-    schema = {"anyOf": calls, "x-guidance": spaces}
-    return f"start: {json.dumps(OPENING)} call {json.dumps(CLOSING)}\ncall: %json {json.dumps(schema)}"
+    for number, tool in enumerate(tools):
+        opening = f'{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "arguments": '
+        rules.append(f'call{number}: {json.dumps(opening)} arguments{number} "}}"')
+        if _copied(tool):
+            rules += _arguments(number, tool)
+        else:
+            # An argument that the schema does not name is never right, whatever JSON Schema's default says.
+            schema = {"additionalProperties": False, **tool.parameters, "x-guidance": SPACES}
+            rules.append(f"arguments{number}: %json {json.dumps(schema)}")
+    return "\n".join(rules)
+
+
+def _copied(tool: Tool) -> dict[str, str]:
+    """The parameters that are copied from the request, and how."""
+    properties = tool.parameters.get("properties", {})
+    return {
+        name: schema["x-copy"] for name, schema in properties.items() if isinstance(schema, dict) and "x-copy" in schema
+    }
+
+
+def _arguments(number: int, tool: Tool) -> list[str]:
+    """An object's rules, property by property: `first` where none stands before, `more` where a comma is needed."""
+    required = tool.parameters.get("required", [])
+    properties = list(tool.parameters["properties"].items())
+    rules = [f'arguments{number}: "{{" first{number}_0 "}}"']
+    for at, (name, schema) in enumerate(properties):
+        value = f"value{number}_{at}"
+        held = _copied(tool).get(name) or f"%json {json.dumps({**schema, 'x-guidance': SPACES})}"
+        pair = json.dumps(f"{json.dumps(name, ensure_ascii=False)}: ")
+        rest = f"more{number}_{at + 1}"
+        skip = {kind: "" if name in required else f" | {kind}{number}_{at + 1}" for kind in ("first", "more")}
+        rules += [
+            f"{value}: {held}",
+            f"first{number}_{at}: {pair} {value} {rest}{skip['first']}",
+            f'more{number}_{at}: ", " {pair} {value} {rest}{skip["more"]}',
+        ]
+    return [*rules, f'first{number}_{len(properties)}: ""', f'more{number}_{len(properties)}: ""']

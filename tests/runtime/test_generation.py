@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline.runtime.generation import PLAIN, NullRuntime, Prompt, Techniques, Token, generate
+from pipeline.runtime.generation import ALL, PLAIN, Choice, NullRuntime, Prompt, Techniques, Token, generate
 from pipeline.toolcall.grammar import Grammar
 from pipeline.toolcall.reply import parse_call
 from pipeline.toolcall.tool import Tool
@@ -73,7 +73,7 @@ def replies(tokenizer: PreTrainedTokenizerFast, use: Techniques, seed: int) -> t
     asked = tokenizer.encode('find "ab" in cd/ef', add_special_tokens=False)
     liked = tokenizer.encode('"abcdef}', add_special_tokens=False)
     runtime = RandomRuntime(seed, grammar.opening, liked, len(tokenizer))
-    prompt = Prompt([1, 2, 3], asked, tokenizer.eos_token_id)
+    prompt = Prompt([1, 2, 3], asked, tokenizer.eos_token_id, "")
     return list(islice(generate(runtime, prompt, grammar, use), 300)), runtime.steps
 
 
@@ -110,11 +110,28 @@ def test_some_random_calls_finish(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_text_stays_free(tokenizer: PreTrainedTokenizerFast) -> None:
     text = tokenizer.encode('<tool> is no {"call"', add_special_tokens=False)
     runtime = NullRuntime([*text, tokenizer.eos_token_id], len(tokenizer))
-    prompt = Prompt([1], [2, 3], tokenizer.eos_token_id)
+    prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "")
     for use in (PLAIN, Techniques(True, True, 4)):
         found = list(generate(runtime, prompt, Grammar(tokenizer, TOOLS), use))
         assert [token.id for token in found] == [*text, tokenizer.eos_token_id]
         assert not any(token.changed for token in found)
+
+
+def test_required_call_is_made_by_a_model_that_would_write_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    runtime = NullRuntime([*tokenizer.encode("no", add_special_tokens=False), tokenizer.eos_token_id], len(tokenizer))
+    prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "", Choice.REQUIRED)
+    found = [token.id for token in islice(generate(runtime, prompt, Grammar(tokenizer, TOOLS), ALL), 40)]
+    assert str(tokenizer.decode(found)).startswith('<tool_call>{"name": "')
+    with pytest.raises(ValueError, match="a call is required, but without tools"):
+        next(generate(runtime, prompt, None, ALL))
+
+
+def test_forbidden_call_is_not_begun(tokenizer: PreTrainedTokenizerFast) -> None:
+    grammar = Grammar(tokenizer, TOOLS)
+    runtime = NullRuntime([*grammar.opening, tokenizer.eos_token_id], len(tokenizer))
+    prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "", Choice.NONE)
+    found = next(generate(runtime, prompt, grammar, ALL))
+    assert found.id != grammar.opening[0]
 
 
 def test_grammar_names_the_tool_it_cannot_express(tokenizer: PreTrainedTokenizerFast) -> None:
