@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(if $(wildcard /proc/driver/nvidia/version),gpu,cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run gate release test check
+.PHONY: help install run gate release serve test check
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	  || { echo "$(PYTHON) is $$($(PYTHON) -V); Python 3.11 is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Installing into $(VENV) (several minutes the first time) ..."
 	@$(PYTHON) -m venv $(VENV) || { echo "On Debian or Ubuntu: apt install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[$(RUNTIME),dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[$(RUNTIME),serve,dev]'
 	@touch $@
 
 run: install ## go through every stage of dvc.yaml that is not up to date
@@ -29,6 +29,9 @@ gate: install ## fail unless a variant passes the rules of params.yaml's report 
 
 release: install ## write models/release: the recommended variant with model card and hashes
 	$(BIN)/python -m pipeline.release
+
+serve: install ## serve models/int8 at http://127.0.0.1:8080 to agents (Anthropic's and OpenAI's API)
+	$(BIN)/python -m pipeline.serve
 
 test: install ## pass every test
 	$(BIN)/python -m pytest

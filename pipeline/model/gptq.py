@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DAMPING = 0.01  # of the mean diagonal, as in the paper
+SHRINK = tuple(1 - step / 20 for step in range(9))  # scales to try: a cut outlier can cost less than a coarse rest
 
 
 def gptq(
@@ -30,7 +31,7 @@ def gptq(
     for start in range(0, inputs, block_size):
         end = start + block_size
         rows = left[start:end]
-        scales[start // block_size] = scale = _scale(rows, bits)
+        scales[start // block_size] = scale = best_scale(rows, bits, np.diag(gram)[start:end])
         errors = np.empty_like(rows)
         for at in range(block_size):
             channel = start + at
@@ -47,11 +48,21 @@ def encode(values: Any, scale: Any, bits: int) -> NDArray[np.uint8]:
     return np.asarray(np.clip(np.rint(values / scale) + zero, 0, 2**bits - 1).astype(np.uint8))
 
 
-def _scale(rows: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
-    """Per column; the value furthest from zero takes the code at the longer end of the range."""
+def best_scale(rows: NDArray[np.float32], bits: int, importance: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Per column, that of the least squared error, weighted by each row's `importance`.
+
+    The value furthest from zero takes the code at the longer end of the range.
+    """
+    zero = 2 ** (bits - 1)
     furthest = np.take_along_axis(rows, np.abs(rows).argmax(0)[None], 0)[0]
-    scale = furthest / -(2 ** (bits - 1))
-    return np.asarray(np.where(np.abs(scale) < 1e-9, np.float32(1e-9), scale))
+    scale = furthest / -zero
+    scale = np.where(np.abs(scale) < 1e-9, np.float32(1e-9), scale)
+    weight = importance[:, None].astype(np.float32)
+    tried = []
+    for shrink in SHRINK:
+        rounded = (encode(rows, shrink * scale, bits).astype(np.float32) - zero) * (shrink * scale)
+        tried.append((weight * (rows - rounded) ** 2).sum(0))
+    return np.asarray(scale * np.array(SHRINK, np.float32)[np.argmin(tried, 0)])
 
 
 def _factor(gram: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -44,7 +44,7 @@ def quantize(source: Path, out: Path, cfg: Any, rows: Rows) -> Counter[str]:
     )
     quantizer.process()
     quantized = quantizer.model.model
-    _share_embedding(quantized, cfg)
+    _share_embedding(quantized)
     _drop_unused(quantized.graph)
     counts = weights_by_bits(quantized)
     if not counts[str(cfg.bits)] + len(dynamic):
@@ -76,17 +76,21 @@ def _round_by_gptq(model: onnx.ModelProto, seen: onnx_calibration.Activations, c
     for node in model.graph.node:
         if node.op_type == "MatMul":
             weight = numpy_helper.to_array(weights[node.input[1]])
-            codes, scales = gptq(weight, seen.gram[node.input[0]], cfg.bits, cfg.block_size)
-            model.graph.initializer.extend(_pack(node, codes, scales, cfg))
+            is_head = node.output[0] == "logits"
+            bits, block_size = (cfg.head_bits, cfg.head_block_size) if is_head else (cfg.bits, cfg.block_size)
+            codes, scales = gptq(weight, seen.gram[node.input[0]], bits, block_size)
+            model.graph.initializer.extend(_pack(node, codes, scales, bits, block_size, cfg.accuracy_level))
 
 
-def _pack(node: onnx.NodeProto, codes: Any, scales: Any, cfg: Any) -> list[onnx.TensorProto]:
+def _pack(
+    node: onnx.NodeProto, codes: Any, scales: Any, bits: int, block_size: int, accuracy_level: int
+) -> list[onnx.TensorProto]:
     """Make `node` a MatMulNBits of `codes` (inputs, outputs); its two new tensors."""
     inputs, outputs = codes.shape
-    packed = codes.T.reshape(outputs, inputs // cfg.block_size, cfg.block_size)
-    if cfg.bits == 4:
+    packed = codes.T.reshape(outputs, inputs // block_size, block_size)
+    if bits == 4:
         packed = packed[:, :, ::2] | (packed[:, :, 1::2] << 4)
-    weight, scale = f"{node.input[1]}_Q{cfg.bits}", f"{node.input[1]}_scales"
+    weight, scale = f"{node.input[1]}_Q{bits}", f"{node.input[1]}_scales"
     made = helper.make_node(
         "MatMulNBits",
         [node.input[0], weight, scale],
@@ -95,9 +99,9 @@ def _pack(node: onnx.NodeProto, codes: Any, scales: Any, cfg: Any) -> list[onnx.
         domain="com.microsoft",
         K=inputs,
         N=outputs,
-        bits=cfg.bits,
-        block_size=cfg.block_size,
-        accuracy_level=cfg.accuracy_level,
+        bits=bits,
+        block_size=block_size,
+        accuracy_level=accuracy_level,
     )
     node.CopyFrom(made)
     return [
@@ -118,7 +122,7 @@ def _algorithm(cfg: Any) -> Any:
     )
 
 
-def _share_embedding(model: onnx.ModelProto, cfg: Any) -> None:
+def _share_embedding(model: onnx.ModelProto) -> None:
     """Gather the embedding from the head's quantized weight, instead of keeping it in float beside it."""
     graph = model.graph
     head = next((node for node in graph.node if node.output[0] == "logits"), None)
@@ -128,10 +132,9 @@ def _share_embedding(model: onnx.ModelProto, cfg: Any) -> None:
         raise RuntimeError("the graph's embedding is not its head's weight: it cannot be stored once")
     attributes = {attribute.name: attribute.i for attribute in head.attribute}
     vocabulary, hidden = attributes["N"], attributes["K"]
-    blocks = math.ceil(hidden / cfg.block_size)
-    shape = helper.make_tensor(
-        "embedding.shape", TensorProto.INT64, [2], [vocabulary, blocks * cfg.block_size * cfg.bits // 8]
-    )
+    bits, block_size = attributes["bits"], attributes["block_size"]
+    blocks = math.ceil(hidden / block_size)
+    shape = helper.make_tensor("embedding.shape", TensorProto.INT64, [2], [vocabulary, blocks * block_size * bits // 8])
     scales = next(tensor for tensor in graph.initializer if tensor.name == head.input[2])
     _reshape_initializer(scales, [vocabulary, blocks])
     inputs = ["embedding.weight", embed.input[1], head.input[2]]
@@ -145,8 +148,8 @@ def _share_embedding(model: onnx.ModelProto, cfg: Any) -> None:
         list(embed.output),
         name=embed.name,
         domain="com.microsoft",
-        bits=cfg.bits,
-        block_size=cfg.block_size,
+        bits=bits,
+        block_size=block_size,
         gather_axis=0,
         quantize_axis=1,
     )

@@ -94,6 +94,9 @@ def generate(runtime: Runtime, prompt: Prompt, grammar: Grammar | None, use: Tec
     opening = reply.required()
     runtime.begin(prompt.prefix)
     yield from (Token(found, 0.0) for found in opening)
+    if reply.grammar_finished:  # the only tool, and it takes no arguments
+        yield Token(prompt.end, 0.0)
+        return
     feed, draft, at = [*prompt.asked, *opening], reply.opening_draft(use), len(prompt.prefix)
     while True:
         logits = runtime.step([*feed, *draft], at, 1 + len(draft))
@@ -103,7 +106,7 @@ def generate(runtime: Runtime, prompt: Prompt, grammar: Grammar | None, use: Tec
             yield token
             if reply.finished:
                 return
-            if token.id != guess:
+            if token.id != guess or reply.grammar_finished:
                 break
             at += 1
         forced = reply.forced() if use.forced else []

@@ -126,6 +126,20 @@ def test_required_call_is_made_by_a_model_that_would_write_text(tokenizer: PreTr
         next(generate(runtime, prompt, None, ALL))
 
 
+@pytest.mark.parametrize("choice", [Choice.AUTO, Choice.REQUIRED])
+@pytest.mark.parametrize("use", [ALL, GRAMMAR_ONLY])
+def test_call_that_is_forced_as_a_whole_ends(
+    tokenizer: PreTrainedTokenizerFast, choice: Choice, use: Techniques
+) -> None:
+    """Of the only tool on offer, without arguments: the grammar was asked for more after its end."""
+    grammar = Grammar(tokenizer, [Tool("Stop", "", {"type": "object", "properties": {}})])
+    runtime = NullRuntime([*grammar.opening, tokenizer.eos_token_id], len(tokenizer))
+    prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "", choice)
+    found = [token.id for token in generate(runtime, prompt, grammar, use)]
+    assert found == [*grammar.opening, tokenizer.eos_token_id]
+    assert str(tokenizer.decode(found[:-1])) == '<tool_call>{"name": "Stop", "arguments": {}}</tool_call>'
+
+
 def test_forbidden_call_is_not_begun(tokenizer: PreTrainedTokenizerFast) -> None:
     grammar = Grammar(tokenizer, TOOLS)
     runtime = NullRuntime([*grammar.opening, tokenizer.eos_token_id], len(tokenizer))

@@ -1,0 +1,251 @@
+"""Load and faults against a served model: overhead, endurance, overload, broken requests, stopping. No stage.
+
+python -m pipeline.load_test serve.model=models/int8          writes reports/serving.json, in about 12 minutes
+"""
+
+import asyncio
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import hydra
+import numpy as np
+import psutil
+from omegaconf import DictConfig
+
+from pipeline import config, files
+from pipeline.provenance import provenance
+from pipeline.runtime.caller import ToolCaller
+from pipeline.serve import ServeConfig
+from pipeline.toolcall.conversation import Request, parse_request
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class LoadTestConfig:
+    clients: int
+    endurance_s: float
+    overload_clients: int
+    malformed_requests: int
+    overhead_requests: int
+
+    def __post_init__(self) -> None:
+        for name in ("clients", "overload_clients", "malformed_requests", "overhead_requests"):
+            config.require_range(f"load_test.{name}", getattr(self, name), 1, 100_000)
+        config.require_range("load_test.endurance_s", self.endurance_s, 1, 86_400)
+
+
+@dataclass
+class Params:
+    paths: config.Paths
+    serve: ServeConfig
+    load_test: LoadTestConfig
+
+
+class Served:
+    """The server as a process of its own, with the settings of params.yaml but for the port."""
+
+    def __init__(self, cfg: ServeConfig) -> None:
+        self.url = f"http://127.0.0.1:{cfg.port}"
+        arguments = [f"serve.model={cfg.model}", f"serve.port={cfg.port}", f"serve.queue_length={cfg.queue_length}"]
+        start = time.perf_counter()
+        self.process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "pipeline.serve", *arguments], stdout=subprocess.DEVNULL
+        )
+        while not self._ready():
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with {self.process.returncode} before it was ready")
+            time.sleep(0.02)
+        self.ready_s = time.perf_counter() - start
+
+    def _ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/ready", timeout=1).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    @property
+    def rss_bytes(self) -> int:
+        return int(psutil.Process(self.process.pid).memory_info().rss)
+
+    def end(self, number: signal.Signals) -> int:
+        os.kill(self.process.pid, number)
+        return self.process.wait(60)
+
+
+def run(paths: config.Paths, report: Path, serve: ServeConfig, cfg: LoadTestConfig) -> dict[str, Any]:
+    requests = [parse_request(value, (), where) for where, value in files.read_jsonl(paths.prepared / "test.jsonl")]
+    metrics: dict[str, Any] = {"model": serve.model.name, "overhead_p50_s": overhead_p50_s(paths, serve, cfg, requests)}
+    served = Served(serve)
+    try:
+        for name, part in (("endurance", endurance), ("overload", overload), ("malformed", malformed)):
+            log.info("%s ...", name)
+            metrics |= asyncio.run(part(served, serve, cfg, requests))
+        metrics |= asyncio.run(drain(served, cfg, requests))
+        served = Served(serve)
+        served.end(signal.SIGKILL)
+        served = Served(serve)
+        metrics["ready_after_kill_s"] = served.ready_s
+    finally:
+        served.end(signal.SIGKILL)
+    files.write_json(report, metrics | {"provenance": provenance(cfg)})
+    log.info("%s", metrics)
+    return metrics
+
+
+def overhead_p50_s(paths: config.Paths, serve: ServeConfig, cfg: LoadTestConfig, requests: list[Request]) -> float:
+    """Median, over requests, of what the server adds to the same call in this process, asked in turn."""
+    some = requests[:: max(1, len(requests) // cfg.overhead_requests)][: cfg.overhead_requests]
+    caller = ToolCaller.load(serve.model, paths.tools, serve.device, serve.threads)
+    served = Served(serve)
+    added = []
+    try:
+        with httpx.Client(base_url=served.url, timeout=60) as client:
+            for request in [some[0], *some]:  # the first warms both up
+                ours = _fastest_s(partial(caller.reply, request.messages, request.tools))
+                added.append(_fastest_s(partial(client.post, "/v1/messages", json=body(request))) - ours)
+    finally:
+        served.end(signal.SIGTERM)
+    return float(np.median(added[1:]))
+
+
+def _fastest_s(work: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def body(request: Request, **more: Any) -> dict[str, Any]:
+    tools = [
+        {"name": tool.name, "description": tool.description, "input_schema": tool.parameters} for tool in request.tools
+    ]
+    messages = [{"role": "user", "content": message["content"]} for message in request.messages]
+    return {"model": "tool-caller", "max_tokens": 160, "messages": messages, "tools": tools, **more}
+
+
+Answered = tuple[int, float]  # status, seconds; 0: no answer
+
+
+async def ask(client: httpx.AsyncClient, request: Request) -> Answered:
+    start = time.perf_counter()
+    try:
+        status = (await client.post("/v1/messages", json=body(request))).status_code
+    except httpx.TransportError:
+        status = 0
+    return status, time.perf_counter() - start
+
+
+async def endurance(served: Served, serve: ServeConfig, cfg: LoadTestConfig, requests: list[Request]) -> dict[str, Any]:
+    """Clients that each send their next request when the last is answered; memory after a minute and at the end."""
+    del serve
+    answers: list[Answered] = []
+    end = time.perf_counter() + cfg.endurance_s
+    rss: list[int] = []
+
+    async def client(number: int) -> None:
+        rng = random.Random(number)
+        async with httpx.AsyncClient(base_url=served.url, timeout=120) as http:
+            while time.perf_counter() < end:
+                answers.append(await ask(http, rng.choice(requests)))
+
+    async def watch() -> None:
+        await asyncio.sleep(min(60, cfg.endurance_s / 2))
+        while time.perf_counter() < end:
+            rss.append(served.rss_bytes)
+            await asyncio.sleep(1)
+
+    await asyncio.gather(watch(), *(client(number) for number in range(cfg.clients)))
+    seconds = [took for status, took in answers if status == 200]
+    return {
+        "clients": cfg.clients,
+        "requests": len(answers),
+        "errors": sum(status != 200 for status, _ in answers),
+        "calls_per_s": len(seconds) / cfg.endurance_s,
+        "reply_s": {"p50": float(np.median(seconds)), "p95": float(np.percentile(seconds, 95))},
+        "rss_growth_fraction": rss[-1] / rss[0] - 1,
+    }
+
+
+async def overload(served: Served, serve: ServeConfig, cfg: LoadTestConfig, requests: list[Request]) -> dict[str, Any]:
+    """Everybody at once: what is over the queue's length must be refused, and soon."""
+    limits = httpx.Limits(max_connections=cfg.overload_clients)
+    async with httpx.AsyncClient(base_url=served.url, timeout=120, limits=limits) as client:
+        await asyncio.gather(*(client.get("/health") for _ in range(cfg.overload_clients)))  # connections are made
+        answers = await asyncio.gather(
+            *(ask(client, requests[at % len(requests)]) for at in range(cfg.overload_clients))
+        )
+    statuses = Counter(status for status, _ in answers)
+    refused = [took for status, took in answers if status == 529]
+    return {
+        "overload": {
+            "clients": cfg.overload_clients,
+            "queue_length": serve.queue_length,
+            "statuses": {str(status): count for status, count in statuses.items()},
+            "refused_p95_s": float(np.percentile(refused, 95)) if refused else None,
+            "accepted_longest_s": max(took for status, took in answers if status == 200),
+        }
+    }
+
+
+async def malformed(served: Served, serve: ServeConfig, cfg: LoadTestConfig, requests: list[Request]) -> dict[str, Any]:
+    """Valid requests with a few bytes changed, removed or doubled."""
+    del serve
+    rng = random.Random(0)
+    statuses: Counter[int] = Counter()
+    async with httpx.AsyncClient(base_url=served.url, timeout=120) as client:
+        for _ in range(cfg.malformed_requests):
+            content = bytearray(json.dumps(body(rng.choice(requests), max_tokens=1)).encode())
+            for _ in range(rng.randrange(1, 4)):
+                at = rng.randrange(len(content))
+                content[at : at + rng.randrange(3)] = bytes(rng.randrange(256) for _ in range(rng.randrange(3)))
+            statuses[(await client.post("/v1/messages", content=bytes(content))).status_code] += 1
+    counts = {str(status): count for status, count in sorted(statuses.items())}
+    answered_5xx = sum(count for status, count in statuses.items() if status >= 500)
+    return {"malformed": {"sent": cfg.malformed_requests, "statuses": counts, "answered_5xx": answered_5xx}}
+
+
+async def drain(served: Served, cfg: LoadTestConfig, requests: list[Request]) -> dict[str, Any]:
+    """SIGTERM under load: of the requests that the server had, how many got no answer?"""
+    async with httpx.AsyncClient(base_url=served.url, timeout=120) as client:
+        asked: list[Awaitable[Answered]] = [
+            asyncio.ensure_future(ask(client, request)) for request in requests[: cfg.clients]
+        ]
+        while _open_requests(await client.get("/metrics")) < cfg.clients - 1:
+            await asyncio.sleep(0.01)
+        os.kill(served.process.pid, signal.SIGTERM)
+        answers = await asyncio.gather(*asked)
+    code = served.process.wait(60)
+    return {"drained_lost": sum(status != 200 for status, _ in answers), "drained": len(answers), "exit_code": code}
+
+
+def _open_requests(metrics: httpx.Response) -> float:
+    """Those that wait; one more is being answered."""
+    return next(
+        float(line.split()[1]) for line in metrics.text.splitlines() if line.startswith("toolcaller_queue_length ")
+    )
+
+
+@hydra.main(version_base="1.3", config_path="..", config_name="params")
+def main(raw: DictConfig) -> None:
+    params = config.load(raw, Params)
+    run(params.paths, params.paths.reports / "serving.json", params.serve, params.load_test)
+
+
+if __name__ == "__main__":
+    main()

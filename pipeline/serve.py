@@ -1,0 +1,137 @@
+"""Serve a model folder over HTTP: Anthropic's Messages API and OpenAI's chat completions. No stage of dvc.yaml.
+
+python -m pipeline.serve serve.model=models/int8
+Nothing is executed: the server proposes calls, its clients make them.
+"""
+
+import asyncio
+import ipaddress
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import hydra
+import uvicorn
+from omegaconf import DictConfig
+
+from pipeline import config
+from pipeline.runtime.caller import ToolCaller
+from pipeline.serving.app import Limits, Server
+from pipeline.serving.engine import Engine
+
+log = logging.getLogger(__name__)
+
+KEY = "TOOL_CALLER_API_KEY"  # an environment variable: params.yaml is in git
+
+
+@dataclass
+class ServeConfig:
+    model: Path  # a folder that a stage, or `make release`, wrote
+    name: str  # what clients call it; agents want none that begins with claude- or holds a slash
+    host: str
+    port: int
+    device: str
+    threads: int
+    max_new_tokens: int
+    tool_result_tokens: int  # longer results of tools are cut
+    queue_length: int  # requests that may wait; more are refused
+    body_bytes: int
+    read_timeout_s: float
+    request_timeout_s: float
+    drain_timeout_s: float  # for accepted requests, once the server is told to stop
+    log_contents: bool
+
+    def __post_init__(self) -> None:
+        config.require_range("serve.port", self.port, 0, 65535)
+        config.require_one_of("serve.device", self.device, ["cpu", "cuda"])
+        config.require_range("serve.threads", self.threads, 1, 1024)
+        config.require_range("serve.max_new_tokens", self.max_new_tokens, 1, 100_000)
+        config.require_range("serve.tool_result_tokens", self.tool_result_tokens, 1, 1_000_000)
+        config.require_range("serve.queue_length", self.queue_length, 1, 1_000_000)
+        config.require_range("serve.body_bytes", self.body_bytes, 1, 2**32)
+        for name in ("read", "request", "drain"):
+            config.require_range(f"serve.{name}_timeout_s", getattr(self, f"{name}_timeout_s"), 0.001, 86_400)
+
+
+@dataclass
+class Params:
+    paths: config.Paths
+    serve: ServeConfig
+
+
+class DrainingServer(uvicorn.Server):
+    """Told to stop, it answers what it has accepted, and new requests with 503, before it closes its socket."""
+
+    def __init__(self, settings: uvicorn.Config, server: Server, drain_timeout_s: float) -> None:
+        super().__init__(settings)
+        self._server, self._drain_timeout_s = server, drain_timeout_s
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """uvicorn's own closes the socket at once. Told twice, it does not wait any more."""
+        del sig, frame
+        if self._draining:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._begin_to_drain)
+
+    def _begin_to_drain(self) -> None:
+        self._draining = self._draining or asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        log.info("stopping: %d requests are still answered", self._server.open_requests)
+        self._server.engine.stop()
+        end = asyncio.get_running_loop().time() + self._drain_timeout_s
+        while self._server.open_requests and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.02)
+        self.should_exit = True
+
+
+def run(tools: Path, cfg: ServeConfig, api_key: str | None) -> None:
+    """Raises ValueError for an address that others reach, without a key."""
+    if not is_loopback(cfg.host) and not api_key:
+        raise ValueError(f"serve.host is {cfg.host}, which others can reach: set {KEY} to a key that clients must send")
+    engine = start_engine(tools, cfg)
+    limits = Limits(cfg.body_bytes, cfg.read_timeout_s, cfg.request_timeout_s, cfg.max_new_tokens)
+    server = Server(engine, cfg.name, limits, api_key, cfg.log_contents)
+    settings = uvicorn.Config(
+        server.app(), host=cfg.host, port=cfg.port, log_config=None, access_log=False, timeout_graceful_shutdown=1
+    )
+    log.info("%s at http://%s:%d as %s", cfg.model, cfg.host, cfg.port, cfg.name)
+    DrainingServer(settings, server, cfg.drain_timeout_s).run()
+
+
+def start_engine(tools: Path, cfg: ServeConfig) -> Engine:
+    """An engine that has loaded serve.model. `tools`: their file, where the folder brings none."""
+    own = cfg.model / "tools.json"
+
+    def load() -> ToolCaller:
+        return ToolCaller.load(cfg.model, own if own.exists() else tools, cfg.device, cfg.threads)
+
+    engine = Engine(load, cfg.queue_length, cfg.tool_result_tokens)
+    engine.wait_until_loaded()
+    return engine
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@hydra.main(version_base="1.3", config_path="..", config_name="params")
+def main(raw: DictConfig) -> None:
+    params = config.load(raw, Params)
+    run(params.paths.tools, params.serve, os.environ.get(KEY))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Serve a model folder over MCP: one tool that proposes the tool call for a request. No stage of dvc.yaml.
+
+python -m pipeline.serve_mcp serve.model=models/int8                     (stdio, for a host that starts it)
+python -m pipeline.serve_mcp serve.model=models/int8 mcp.transport=streamable-http
+"""
+
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import hydra
+from mcp.server.mcpserver import MCPServer
+from omegaconf import DictConfig
+from pydantic import BaseModel
+
+from pipeline import config
+from pipeline.runtime.generation import Choice
+from pipeline.serve import KEY, ServeConfig, is_loopback, start_engine
+from pipeline.serving.engine import Asked, Engine
+from pipeline.toolcall.reply import parse_call
+
+TRANSPORTS = ("stdio", "streamable-http")
+
+
+@dataclass
+class McpConfig:
+    transport: str
+    port: int
+
+    def __post_init__(self) -> None:
+        config.require_one_of("mcp.transport", self.transport, TRANSPORTS)
+        config.require_range("mcp.port", self.port, 0, 65535)
+
+
+@dataclass
+class Params:
+    paths: config.Paths
+    serve: ServeConfig
+    mcp: McpConfig
+
+
+class Proposal(BaseModel):
+    tool: str | None  # None: no call is right, or something is missing
+    arguments: dict[str, Any]
+    text: str  # the answer where there is no call
+    confidence: float  # probability the model gave this whole reply
+    milliseconds: float
+
+
+def build(engine: Engine, max_new_tokens: int) -> MCPServer:
+    server = MCPServer("tool-caller", instructions="A small model that proposes tool calls. It executes nothing.")
+
+    @server.tool(description="Propose the tool call that answers a request, with the model's confidence in it.")
+    async def propose_call(request: str) -> Proposal:
+        start = time.perf_counter()
+        messages = ({"role": "user", "content": request},)
+        piece = await engine.whole(Asked(messages, (), Choice.AUTO, max_new_tokens, stream=False))
+        call = parse_call(piece.text) if piece.is_call and piece.finished else None
+        return Proposal(
+            tool=call.name if call else None,
+            arguments=call.arguments if call else {},
+            text="" if piece.is_call else piece.text,
+            confidence=piece.confidence,
+            milliseconds=1e3 * (time.perf_counter() - start),
+        )
+
+    return server
+
+
+def run(params: Params) -> None:
+    """Raises ValueError for an address that others reach: this transport checks no key."""
+    if params.mcp.transport != "stdio" and not is_loopback(params.serve.host):
+        raise ValueError(
+            f"serve.host is {params.serve.host}: MCP is served on loopback only, {KEY} is not checked here"
+        )
+    server = build(start_engine(params.paths.tools, params.serve), params.serve.max_new_tokens)
+    if params.mcp.transport == "stdio":
+        server.run("stdio")
+    else:
+        server.run("streamable-http", host=params.serve.host, port=params.mcp.port)
+
+
+@hydra.main(version_base="1.3", config_path="..", config_name="params")
+def main(raw: DictConfig) -> None:
+    # Standard output belongs to the protocol.
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, force=True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run(config.load(raw, Params))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What /metrics tells Prometheus."""
+
+import psutil
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from pipeline.serving.engine import Engine, Piece
+from pipeline.toolcall.reply import parse_call
+
+SECONDS = (0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+
+
+class Metrics:
+    def __init__(self, engine: Engine) -> None:
+        self.registry = CollectorRegistry()
+        self.first_byte = Histogram(
+            "toolcaller_first_piece_seconds",
+            "From a request to the first piece of its reply (streams only)",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.whole = Histogram(
+            "toolcaller_reply_seconds", "From a request to its whole reply", buckets=SECONDS, registry=self.registry
+        )
+        self._tokens = Counter("toolcaller_tokens", "Tokens", ["kind"], registry=self.registry)
+        self._calls = Counter("toolcaller_calls", "Calls proposed", ["tool"], registry=self.registry)
+        self._texts = Counter("toolcaller_texts", "Replies without a call", registry=self.registry)
+        self._prefixes = Counter("toolcaller_prefixes", "Tool lists, by cache", ["cache"], registry=self.registry)
+        self._cut = Counter("toolcaller_cut_replies", "Replies cut at their length limit", registry=self.registry)
+        self.errors = Counter("toolcaller_errors", "Requests refused or failed", ["status"], registry=self.registry)
+        waiting = Gauge("toolcaller_queue_length", "Requests that wait", registry=self.registry)
+        waiting.set_function(lambda: engine.queue_length)
+        memory = Gauge("toolcaller_resident_bytes", "Resident memory of the process", registry=self.registry)
+        memory.set_function(lambda: float(psutil.Process().memory_info().rss))
+
+    def count(self, piece: Piece, known: set[str]) -> None:
+        """Calls of tools that the model was not trained with are counted together: their names are the client's."""
+        self._tokens.labels("prompt").inc(piece.prompt_tokens)
+        self._tokens.labels("new").inc(piece.new_tokens)
+        self._prefixes.labels("hit" if piece.prefix_kept else "miss").inc()
+        if not piece.finished:
+            self._cut.inc()
+        call = parse_call(piece.text) if piece.is_call else None
+        if call:
+            self._calls.labels(call.name if call.name in known else "other").inc()
+        else:
+            self._texts.inc()
+
+    def page(self) -> bytes:
+        return bytes(generate_latest(self.registry))

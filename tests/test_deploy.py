@@ -1,0 +1,52 @@
+"""What cannot be run here is at least read: every file parses, and names only what exists."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.serving.engine import Engine
+from pipeline.serving.metrics import Metrics
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+
+
+def metric_names() -> set[str]:
+    def load() -> object:
+        raise RuntimeError("no model is needed")
+
+    metrics = Metrics(Engine(load, 1, 1))  # type: ignore[arg-type]
+    return {sample for family in metrics.registry.collect() for sample in [family.name]}
+
+
+def test_dashboard_and_alerts_name_metrics_that_exist() -> None:
+    names = metric_names()
+    text = (DEPLOY / "alerts.yaml").read_text() + (DEPLOY / "grafana/dashboard.json").read_text()
+    text += (DEPLOY / "kubernetes/autoscaling.yaml").read_text()
+    used = {re.sub("_(total|bucket|count|sum)$", "", name) for name in re.findall(r"toolcaller_\w+", text)}
+    assert used <= names
+    assert len(used) >= 7
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.rglob("*.yaml")), ids=lambda path: path.name)
+def test_yaml_parses(path: Path) -> None:
+    assert all(document for document in yaml.safe_load_all(path.read_text()))
+
+
+def test_ports_and_paths_agree() -> None:
+    fly = tomllib.loads((DEPLOY / "fly.toml").read_text())
+    json.loads((DEPLOY / "grafana/dashboard.json").read_text())
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    deployment = next(yaml.safe_load_all((DEPLOY / "kubernetes/deployment.yaml").read_text()))
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert fly["http_service"]["internal_port"] == container["ports"][0]["containerPort"] == 8080
+    assert "serve.port=8080" in dockerfile
+    assert container["readinessProbe"]["httpGet"]["path"] == fly["http_service"]["checks"][0]["path"] == "/ready"
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert re.search(r"^USER 10001$", dockerfile, re.M)
+    for source in re.findall(r"^COPY (?!--from)(.+) \S+$", dockerfile, re.M):
+        for name in source.split():
+            assert (DEPLOY.parent / name).exists() or name == "models/release", name
