@@ -129,7 +129,7 @@ def one_client(caller: ToolCaller, requests: list[Request], cfg: BenchmarkConfig
 
 def harness_call_s(caller: ToolCaller, request: Request, cfg: BenchmarkConfig) -> float:
     """Median time of a call whose tokens are known beforehand: what of a call is ours, not the model's."""
-    ids = caller.tokenizer.encode(ask(caller, request, cfg).text, add_special_tokens=False)
+    ids = caller.tokenizer.encode(ask(caller, request, cfg).written, add_special_tokens=False)
     runtime = NullRuntime([*ids, caller.tokenizer.eos_token_id], len(caller.tokenizer))
     null = ToolCaller(runtime, caller.tokenizer, caller.tools, caller.techniques)
     return percentiles([ask(null, request, cfg).total_s for _ in range(100)])["p50"]

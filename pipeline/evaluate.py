@@ -117,7 +117,10 @@ def together(
             for batch in (rest[at : at + BATCH] for at in range(0, len(rest), BATCH)):
                 prompts = [asked[at][1] for at in batch]
                 made = generate_together(runtime, prefix, prompts, caller.tokenizer.eos_token_id, cfg.max_new_tokens)
-                found |= {at: Answer(*caller.decode(tokens)) for at, tokens in zip(batch, made, strict=True)}
+                found |= {
+                    at: Answer(*caller.decode(tokens, requests[at].tools))
+                    for at, tokens in zip(batch, made, strict=True)
+                }
                 progress.update(len(batch))
     return [found[at] for at in range(len(asked))]
 

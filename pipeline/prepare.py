@@ -5,7 +5,6 @@ data/prepared and reports/prepare.json. Where paths.requests is one file, a user
 """
 
 import logging
-import math
 import random
 import re
 from collections import Counter
@@ -184,7 +183,7 @@ def make(
     n, rng, taken = quota
     kinds = _by_kind(phrasings)
     names = sorted(kinds)
-    weights = _weights(kinds, cfg)
+    weights = _weights(names, cfg)
     turns = {name: _endless(kinds[name], rng) for name in names}
     requests: list[Request] = []
     tries = 0
@@ -209,12 +208,11 @@ def _endless(phrasings: list[Phrasing], rng: random.Random) -> Iterator[Phrasing
         yield from rng.sample(phrasings, len(phrasings))
 
 
-def _weights(kinds: dict[str, list[Phrasing]], cfg: PrepareConfig) -> list[float]:
-    """Among the calls, a tool's share grows with the root of its phrasings: where there are more, more is to learn."""
+def _weights(names: list[str], cfg: PrepareConfig) -> list[float]:
     fixed = {NONE: cfg.none_fraction, "foreign": cfg.foreign_fraction}
-    roots = {name: math.sqrt(len(group)) for name, group in kinds.items() if name not in fixed}
-    left = 1 - sum(fixed[name] for name in kinds if name in fixed)
-    return [fixed[name] if name in fixed else left * roots[name] / sum(roots.values()) for name in sorted(kinds)]
+    calls = [name for name in names if name not in fixed]
+    left = 1 - sum(fixed[name] for name in names if name in fixed)
+    return [fixed.get(name, left / max(1, len(calls))) for name in names]
 
 
 def fill(

@@ -5,6 +5,7 @@ pip install 'ray[serve]', then on the head node: serve run pipeline.serve_ray:ap
 
 import os
 from pathlib import Path
+from typing import cast
 
 from omegaconf import OmegaConf
 from ray import serve
@@ -44,8 +45,7 @@ def app(arguments: dict[str, str]) -> serve.Application:
     """`serve run` calls this with its arguments: replicas, model."""
     raw = OmegaConf.load(ROOT / "params.yaml")
     settings = OmegaConf.merge(OmegaConf.structured(ServeConfig), raw.serve)  # type: ignore[union-attr]
-    cfg = OmegaConf.to_object(settings)
-    assert isinstance(cfg, ServeConfig)
+    cfg = cast(ServeConfig, OmegaConf.to_object(settings))
     cfg.model = Path(arguments.get("model", cfg.model)).absolute()
     config.require_range("replicas", int(arguments.get("replicas", "2")), 1, 10_000)
     return application(cfg, ROOT / "data/tools.json", int(arguments.get("replicas", "2")))

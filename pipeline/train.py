@@ -225,8 +225,8 @@ def make_trainer(
     cfg: TrainConfig,
 ) -> PrefixTrainer:
     batches = {name: _batches(group, cfg) for name, group in examples.items()}
-    steps = max(1, round(len(batches["train"]) * cfg.epochs))
-    every = max(1, steps // cfg.evaluations)
+    every = max(1, round(len(batches["train"]) * cfg.epochs / cfg.evaluations))
+    steps = every * cfg.evaluations  # so that the last step is evaluated too
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,

@@ -19,10 +19,10 @@ from transformers import AutoTokenizer
 from pipeline import files
 from pipeline.runtime.generation import ALL, Choice, Prompt, Runtime, Techniques, Token, generate
 from pipeline.runtime.manifest import check_manifest
-from pipeline.toolcall import prompt
+from pipeline.toolcall import compact, prompt
 from pipeline.toolcall.conversation import Message
 from pipeline.toolcall.grammar import Grammar
-from pipeline.toolcall.reply import parse_call
+from pipeline.toolcall.reply import parse_call, write_call
 from pipeline.toolcall.tool import Tool, ToolCall, parse_tools
 
 SETTINGS = "toolcaller.json"  # in a model folder: the runtime it is for
@@ -30,7 +30,8 @@ SETTINGS = "toolcaller.json"  # in a model folder: the runtime it is for
 
 @dataclass(frozen=True)
 class Reply:
-    text: str
+    text: str  # with a call as JSON
+    written: str  # as the model wrote it (toolcall/compact.py)
     call: ToolCall | None
     confidence: float  # probability the model gave this whole reply, in (0, 1]
     first_token_s: float
@@ -89,10 +90,11 @@ class ToolCaller:
             if not tokens:
                 first_token_s = time.perf_counter() - start
             tokens.append(token)
-        text, confidence = self.decode(tokens)
+        text, confidence = self.decode(tokens, tools or self.tools)
         total_s = time.perf_counter() - start
         return Reply(
             text,
+            self.written(tokens),
             parse_call(text) if choice != Choice.NONE else None,
             confidence,
             first_token_s,
@@ -141,10 +143,16 @@ class ToolCaller:
             self._grammars[key] = Grammar(self.tokenizer, tools)
         return self._grammars[key]
 
-    def decode(self, tokens: Sequence[Token]) -> tuple[str, float]:
-        """Text and confidence of a reply."""
+    def decode(self, tokens: Sequence[Token], tools: tuple[Tool, ...]) -> tuple[str, float]:
+        """Text, a call in it as JSON, and confidence of a whole reply."""
+        text = self.written(tokens)
+        call = compact.read(text, tools)
+        return write_call(call) if call else text, math.exp(sum(token.log_probability for token in tokens))
+
+    def written(self, tokens: Sequence[Token]) -> str:
+        """What the model wrote, as it wrote it."""
         ids = [token.id for token in tokens if token.id != self.tokenizer.eos_token_id]
-        return str(self.tokenizer.decode(ids)), math.exp(sum(token.log_probability for token in tokens))
+        return str(self.tokenizer.decode(ids))
 
 
 def _key(tools: tuple[Tool, ...]) -> str:

@@ -38,7 +38,7 @@ class Asked:
 class Piece:
     """A reply as far as it has come."""
 
-    text: str
+    text: str  # the last piece has a call as JSON, those before as the model writes it
     prompt_tokens: int  # the prefix apart
     prefix_tokens: int
     prefix_kept: bool  # its KV cache was there from an earlier request
@@ -176,7 +176,7 @@ class Engine:
         tokens: list[Token] = []
 
         def piece(last: bool) -> Piece:
-            text, confidence = caller.decode(tokens)
+            text, confidence = caller.decode(tokens, tools) if last else (caller.written(tokens), 1.0)
             finished = bool(tokens) and tokens[-1].id == prompted.end
             sizes = len(prompted.asked), len(prompted.prefix), kept, len(tokens)
             return Piece(text, *sizes, confidence, finished, last)

@@ -1,11 +1,9 @@
 """From a growing reply to what a stream says next: text, a call's name, more of its arguments."""
 
+import json
 from dataclasses import dataclass
 
-from pipeline.toolcall.reply import CLOSING, OPENING
-
-NAME, ARGUMENTS = '{"name": "', '", "arguments": '
-END = "}" + CLOSING
+from pipeline.toolcall.reply import OPENING, parse_call
 
 
 @dataclass(frozen=True)
@@ -27,34 +25,29 @@ Event = TextDelta | CallBegun | ArgumentsDelta
 
 
 class ReplyReader:
-    """Says everything once, and nothing before it is certain."""
+    """Says everything once, and nothing before it is certain. A call's arguments come when it is whole."""
 
     def __init__(self) -> None:
-        self._name: str | None = None
-        self._said = 0  # characters of the text, or of the arguments
+        self._named = False
+        self._said = 0  # characters of the text
 
     def read(self, text: str, last: bool, finished: bool = True) -> list[Event]:
-        """`text`: all of the reply so far; `last`: there is no more; `finished`: it came to its own end."""
-        if OPENING.startswith(text[: len(OPENING)]) and text:
-            if text.startswith(OPENING):
-                return self._call(text[len(OPENING) :], last and finished)
-            if not last:
-                return []  # it may still become a call
-        return self._more(TextDelta, text if last else text.removesuffix("\ufffd"))
+        """`text`: all of the reply so far, a whole call as JSON; `finished`: the last came to its own end."""
+        if text.startswith(OPENING):
+            return self._call(text, last, finished)
+        if not last and OPENING.startswith(text):
+            return []  # it may still become a call
+        new = (text if last else text.removesuffix("\ufffd"))[self._said :]
+        self._said += len(new)
+        return [TextDelta(new)] if new else []
 
-    def _call(self, body: str, whole: bool) -> list[Event]:
+    def _call(self, text: str, last: bool, finished: bool) -> list[Event]:
+        call = parse_call(text) if last and finished else None
+        name, line, _ = text.removeprefix(OPENING).partition("\n")
         events: list[Event] = []
-        name, found, arguments = body.removeprefix(NAME).partition(ARGUMENTS)
-        if not found:
-            return []
-        if self._name is None:
-            self._name = name
-            events.append(CallBegun(name))
-        # Until the end is certain, the last characters may be the marker's and not the arguments'.
-        said = arguments.removesuffix(END) if whole else arguments[: -len(END)].removesuffix("\ufffd")
-        return events + self._more(ArgumentsDelta, said)
-
-    def _more(self, kind: type[TextDelta] | type[ArgumentsDelta], text: str) -> list[Event]:
-        new = text[self._said :]
-        self._said = max(self._said, len(text))
-        return [kind(new)] if new else []
+        if not self._named and (call or (line and not last)):
+            self._named = True
+            events.append(CallBegun(call.name if call else name))
+        if call:
+            events.append(ArgumentsDelta(json.dumps(call.arguments, ensure_ascii=False)))
+        return events

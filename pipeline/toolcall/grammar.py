@@ -6,6 +6,7 @@ slash between ("api.md in docs"): small models misspell what they copy.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from llguidance.hf import from_tokenizer
 from llguidance.numpy import allocate_token_bitmask, apply_token_bitmask_inplace, fill_next_token_bitmask
 from numpy.typing import NDArray
 
-from pipeline.toolcall.reply import CLOSING, OPENING
+from pipeline.toolcall.compact import is_text
+from pipeline.toolcall.reply import OPENING
 from pipeline.toolcall.tool import Tool
 
 
@@ -25,6 +27,10 @@ class Grammar:
     def __init__(self, tokenizer: Any, tools: Sequence[Tool]) -> None:
         self._vocabulary = from_tokenizer(tokenizer, n_vocab=len(tokenizer))
         for tool in tools:
+            if unknown := tool.parameters.keys() - KEYWORDS:
+                raise ValueError(
+                    f"tool {tool.name}: its parameters use {sorted(unknown)}, which the grammar cannot hold"
+                )
             failed, why = LLMatcher.validate_grammar_with_warnings(_lark([tool]), self._vocabulary)
             if failed:
                 raise ValueError(f"tool {tool.name}: its parameters make no grammar: {'; '.join(why)}")
@@ -72,28 +78,80 @@ class Guide:
         return int(allowed.argmax())
 
 
+# Of a tool's parameters. An argument that is not among the properties is never right, whatever they say.
+KEYWORDS = {"type", "properties", "required", "additionalProperties", "description", "title", "$schema", "$defs"}
 SPACES = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
 def _lark(tools: Sequence[Tool], text: str = "") -> str:
-    # Chunks and not characters of the escaped text: a span must not end within an escape.
-    spans = {"substring_chunks": [json.dumps(char, ensure_ascii=False)[1:-1] for char in text]}
-    rules = [
-        f"start: {json.dumps(OPENING)} call {json.dumps(CLOSING)}",
-        "call: " + " | ".join(f"call{number}" for number in range(len(tools))),
-        'path: "\\"" SPAN ("/" SPAN)? "\\""\nspan: "\\"" SPAN "\\""',
-        f"SPAN: %regex {json.dumps(spans)}",
-    ]
-    for number, tool in enumerate(tools):
-        opening = f'{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "arguments": '
-        rules.append(f'call{number}: {json.dumps(opening)} arguments{number} "}}"')
-        if _copied(tool):
-            rules += _arguments(number, tool)
-        else:
-            # An argument that the schema does not name is never right, whatever JSON Schema's default says.
-            schema = {"additionalProperties": False, **tool.parameters, "x-guidance": SPACES}
-            rules.append(f"arguments{number}: %json {json.dumps(schema)}")
-    return "\n".join(rules)
+    calls = [f"call{number}" for number in range(len(tools))]
+    return "\n".join(
+        [
+            f"start: {json.dumps(OPENING)} ({' | '.join(calls)})",
+            'PATH: SPAN ("/" SPAN)?',
+            f"SPAN: %regex {json.dumps({'substring_chars': text})}",
+            "REST: /(?s:.*)/",
+            *(rule for number, tool in enumerate(tools) for rule in _call(number, tool)),
+        ]
+    )
+
+
+def _call(number: int, tool: Tool) -> list[str]:
+    """A tool's rules. `after` an argument may come any later one up to the next that is required, or the end.
+
+    A text goes on until the name of such an argument begins a line: that name is part of its token, because the
+    lexer never goes back.
+    """
+    properties = list(tool.parameters.get("properties", {}).items())
+    required = tool.parameters.get("required", [])
+
+    def following(at: int) -> tuple[list[int], bool]:
+        """Numbers of the arguments that may come after the first `at`, and whether the end may."""
+        found: list[int] = []
+        for later in range(at, len(properties)):
+            found.append(later)
+            if properties[later][0] in required:
+                return found, False
+        return found, True
+
+    def after(at: int) -> str:
+        later, ends = following(at)
+        ways = [f"{_key(properties[found][0])} value{number}_{found}" for found in later]
+        return " | ".join([*ways, *(['""'] if ends else [])])
+
+    rules = [f"call{number}: {json.dumps(tool.name)} ({after(0)})"]
+    for at, (name, schema) in enumerate(properties):
+        rule = f"value{number}_{at}"
+        held = _held(schema, tool)
+        if held is not None:
+            rules.append(f"{rule}: {held} ({after(at + 1)})")
+            continue
+        later, ends = following(at + 1)
+        copied = _copied(tool).get(name, "").upper()
+        until = f"{'UNTIL' if copied else 'until'}{number}_{at}"  # llguidance: a terminal, or a rule that can be lazy
+        ways = [f"{until}_{found} value{number}_{found}" for found in later]
+        rules.append(f"{rule}: {' | '.join([*ways, *([copied or 'REST'] if ends else [])])}")
+        for found in later:
+            key = properties[found][0]
+            free = f"{until}_{found}[lazy]: /(?s:.*)\\n{re.escape(key)}: /"
+            rules.append(f"{until}_{found}: {copied} {_key(key)}" if copied else free)
+    return rules
+
+
+def _key(name: str) -> str:
+    return json.dumps(f"\n{name}: ", ensure_ascii=False)
+
+
+def _held(schema: Any, tool: Tool) -> str | None:
+    """The rule of a value that is no text, or one of a few."""
+    if not is_text(schema):
+        named = {"$defs": tool.parameters["$defs"]} if "$defs" in tool.parameters else {}
+        wanted = schema if isinstance(schema, dict) else {}
+        return f"%json {json.dumps({**wanted, **named, 'x-guidance': SPACES})}"
+    if "enum" in schema or "const" in schema:
+        allowed = schema.get("enum", [schema.get("const")])
+        return "(" + " | ".join(json.dumps(value, ensure_ascii=False) for value in allowed) + ")"
+    return None
 
 
 def _copied(tool: Tool) -> dict[str, str]:
@@ -102,22 +160,3 @@ def _copied(tool: Tool) -> dict[str, str]:
     return {
         name: schema["x-copy"] for name, schema in properties.items() if isinstance(schema, dict) and "x-copy" in schema
     }
-
-
-def _arguments(number: int, tool: Tool) -> list[str]:
-    """An object's rules, property by property: `first` where none stands before, `more` where a comma is needed."""
-    required = tool.parameters.get("required", [])
-    properties = list(tool.parameters["properties"].items())
-    rules = [f'arguments{number}: "{{" first{number}_0 "}}"']
-    for at, (name, schema) in enumerate(properties):
-        value = f"value{number}_{at}"
-        held = _copied(tool).get(name) or f"%json {json.dumps({**schema, 'x-guidance': SPACES})}"
-        pair = json.dumps(f"{json.dumps(name, ensure_ascii=False)}: ")
-        rest = f"more{number}_{at + 1}"
-        skip = {kind: "" if name in required else f" | {kind}{number}_{at + 1}" for kind in ("first", "more")}
-        rules += [
-            f"{value}: {held}",
-            f"first{number}_{at}: {pair} {value} {rest}{skip['first']}",
-            f'more{number}_{at}: ", " {pair} {value} {rest}{skip["more"]}',
-        ]
-    return [*rules, f'first{number}_{len(properties)}: ""', f'more{number}_{len(properties)}: ""']

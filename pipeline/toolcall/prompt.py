@@ -8,8 +8,9 @@ agent, so that its KV cache is computed once. Texts of users are encoded without
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.toolcall import compact
 from pipeline.toolcall.conversation import Message, Request
-from pipeline.toolcall.reply import CLOSING, OPENING, write_call
+from pipeline.toolcall.reply import OPENING, parse_call
 from pipeline.toolcall.tool import Tool
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -22,9 +23,8 @@ def system_prompt(tools: Sequence[Tool]) -> str:
     return (
         "You make tool calls. Tools:\n"
         + "\n".join(lines)
-        + f"\nReply with one call, {OPENING}"
-        + '{"name": NAME, "arguments": {...}}'
-        + f"{CLOSING}, copying texts exactly, or with plain text if no tool fits or something is missing."
+        + f"\nReply with one call, {OPENING}NAME and a line `argument: value` for each, copying texts exactly, "
+        "or with plain text if no tool fits or something is missing."
     )
 
 
@@ -58,15 +58,21 @@ def request_tokens(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[in
     tokens: list[int] = []
     for message in messages:
         tokens += _markup(tokenizer, f"{START}{message['role']}\n")
-        tokens += _text(tokenizer, message["content"])
+        tokens += _text(tokenizer, _own(message))
         tokens += _markup(tokenizer, f"{END}\n")
     return tokens + _markup(tokenizer, f"{START}assistant\n")
+
+
+def _own(message: Message) -> str:
+    """The text of a message; a call of the model's in the form in which it wrote it."""
+    call = parse_call(message["content"]) if message["role"] == "assistant" else None
+    return compact.write(call, ()) if call else message["content"]
 
 
 def reply_tokens(tokenizer: Tokenizer, request: Request) -> list[int]:
     """The right reply and the end token. Raises ValueError where a request has neither call nor text."""
     if request.expected:
-        text = write_call(request.expected)
+        text = compact.write(request.expected, request.tools)
     elif request.reply:
         text = request.reply
     else:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.runtime.generation import ALL, PLAIN, Choice, NullRuntime, Prompt, Techniques, Token, generate
+from pipeline.toolcall import compact
 from pipeline.toolcall.grammar import Grammar
-from pipeline.toolcall.reply import parse_call
 from pipeline.toolcall.tool import Tool
 
 GRAMMAR_ONLY = Techniques(grammar=True, forced=False, draft_tokens=0)
@@ -95,7 +95,7 @@ def test_grammar_makes_every_finished_call_fit_its_tool(tokenizer: PreTrainedTok
     found, _ = replies(tokenizer, GRAMMAR_ONLY, seed)
     assert any(token.changed for token in found), "random logits would have kept to the schema by chance"
     if found[-1].id == tokenizer.eos_token_id:
-        call = parse_call(str(tokenizer.decode([token.id for token in found[:-1]])))
+        call = compact.read(str(tokenizer.decode([token.id for token in found[:-1]])), TOOLS)
         assert call is not None
         tool = next(tool for tool in TOOLS if tool.name == call.name)
         assert tool.fault(call.arguments) is None
@@ -121,7 +121,7 @@ def test_required_call_is_made_by_a_model_that_would_write_text(tokenizer: PreTr
     runtime = NullRuntime([*tokenizer.encode("no", add_special_tokens=False), tokenizer.eos_token_id], len(tokenizer))
     prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "", Choice.REQUIRED)
     found = [token.id for token in islice(generate(runtime, prompt, Grammar(tokenizer, TOOLS), ALL), 40)]
-    assert str(tokenizer.decode(found)).startswith('<tool_call>{"name": "')
+    assert str(tokenizer.decode(found)).startswith(("<tool_call>Grep", "<tool_call>Wait"))
     with pytest.raises(ValueError, match="a call is required, but without tools"):
         next(generate(runtime, prompt, None, ALL))
 
@@ -137,7 +137,7 @@ def test_call_that_is_forced_as_a_whole_ends(
     prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "", choice)
     found = [token.id for token in generate(runtime, prompt, grammar, use)]
     assert found == [*grammar.opening, tokenizer.eos_token_id]
-    assert str(tokenizer.decode(found[:-1])) == '<tool_call>{"name": "Stop", "arguments": {}}</tool_call>'
+    assert str(tokenizer.decode(found[:-1])) == "<tool_call>Stop"
 
 
 def test_forbidden_call_is_not_begun(tokenizer: PreTrainedTokenizerFast) -> None:

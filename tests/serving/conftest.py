@@ -18,7 +18,7 @@ from pipeline import files
 from pipeline.runtime.caller import ToolCaller
 from pipeline.serving.app import Limits, Server
 from pipeline.serving.engine import Engine
-from pipeline.toolcall.reply import write_call
+from pipeline.toolcall import compact
 from pipeline.toolcall.tool import ToolCall, parse_tools
 
 ROOT = Path(__file__).parents[2]
@@ -35,11 +35,11 @@ def script(asked: str) -> str:
         return f"It said: {text}"
     match text.split(" ", 1):
         case ["read", path]:
-            return write_call(ToolCall("Read", {"file_path": path}))
+            return compact.write(ToolCall("Read", {"file_path": path}), ())
         case ["run", command]:
-            return write_call(ToolCall("Bash", {"command": command}))
+            return compact.write(ToolCall("Bash", {"command": command}), ())
         case ["echo", word]:
-            return write_call(ToolCall("mcp__box__echo", {"text": word}))
+            return compact.write(ToolCall("mcp__box__echo", {"text": word}), ())
     return f"You wrote: {text}"
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from pipeline.toolcall import compact
 from pipeline.toolcall.grammar import Grammar
-from pipeline.toolcall.reply import write_call
 from pipeline.toolcall.tool import Tool, ToolCall, parse_tools
 
 COPYING = {
@@ -28,9 +28,9 @@ TEXT = 'In b c.py under src, replace\n```\nx = "é\\n"\n```\nby y'
 
 def allows(tokenizer: Any, call: ToolCall, tools: tuple[Tool, ...]) -> bool:
     guide = Grammar(tokenizer, tools).start(TEXT)
-    tokens = tokenizer.encode(write_call(call), add_special_tokens=False, split_special_tokens=True)
+    tokens = tokenizer.encode(compact.write(call, tools), add_special_tokens=False, split_special_tokens=True)
     try:
-        guide.accept(tokens)
+        guide.accept([*tokens, tokenizer.eos_token_id])
     except RuntimeError:
         return False
     return guide.finished
@@ -49,7 +49,7 @@ def allows(tokenizer: Any, call: ToolCall, tools: tuple[Tool, ...]) -> bool:
         ({"old_string": "X", "new_string": ""}, False),
         ({"new_string": ""}, False),  # required
         ({"file_path": "b c.py", "new_string": ""}, False),
-        ({"old_string": "x", "new_string": "", "more": 1}, False),
+        ({"old_string": "x", "new_string": "a\nmore: 1"}, True),  # no argument of this tool: text
         ({"old_string": "x", "new_string": "", "count": "3"}, False),
     ],
 )

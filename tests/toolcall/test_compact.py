@@ -1,0 +1,56 @@
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.toolcall.compact import read, write
+from pipeline.toolcall.tool import Tool, ToolCall
+
+PROPERTIES: dict[str, Any] = {
+    "path": {"type": "string"},
+    "text": {"type": "string"},
+    "count": {"type": "integer"},
+    "all": {"type": "boolean"},
+    "tags": {"type": "array", "items": {"type": "string"}},
+    "any": {},
+}
+TOOL = Tool("Put", "Put.", {"type": "object", "properties": PROPERTIES, "required": ["path"]})
+VALUES = {
+    "path": st.text(),
+    "text": st.text(),
+    "count": st.integers(),
+    "all": st.booleans(),
+    "tags": st.lists(st.text()),
+    "any": st.none() | st.text() | st.integers() | st.dictionaries(st.text(), st.text()),
+}
+
+
+@given(st.fixed_dictionaries({}, optional=VALUES))
+def test_call_is_read_as_it_was_written(arguments: dict[str, Any]) -> None:
+    call = ToolCall("Put", arguments)
+    assert read(write(call, [TOOL]), [TOOL]) == call
+
+
+def test_texts_stand_as_they_are_and_in_the_order_of_the_schema() -> None:
+    call = ToolCall("Put", {"text": 'a\n"b"\\', "path": " src", "count": 3})
+    assert write(call, [TOOL]) == '<tool_call>Put\npath:  src\ntext: a\n"b"\\\ncount: 3'
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Put", "<tool_call>Cook\npath: a", "<tool_call>Put\nelse: a", "<tool_call>Put\ncount: 3\npath: a"]
+)
+def test_what_is_no_call_is_none(text: str) -> None:
+    found = read(text, [TOOL])
+    assert found is None or TOOL.fault(found.arguments)
+
+
+def test_value_that_looks_like_the_next_argument_is_refused() -> None:
+    with pytest.raises(ValueError, match="looks like its next argument"):
+        write(ToolCall("Put", {"path": "a\ncount: 3"}), [TOOL])
+
+
+def test_value_of_another_kind_is_read_and_does_not_fit() -> None:
+    found = read("<tool_call>Put\npath: a\ncount: many", [TOOL])
+    assert found == ToolCall("Put", {"path": "a", "count": "many"})
+    assert TOOL.fault(found.arguments)
