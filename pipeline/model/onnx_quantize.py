@@ -76,21 +76,17 @@ def _round_by_gptq(model: onnx.ModelProto, seen: onnx_calibration.Activations, c
     for node in model.graph.node:
         if node.op_type == "MatMul":
             weight = numpy_helper.to_array(weights[node.input[1]])
-            is_head = node.output[0] == "logits"
-            bits, block_size = (cfg.head_bits, cfg.head_block_size) if is_head else (cfg.bits, cfg.block_size)
-            codes, scales = gptq(weight, seen.gram[node.input[0]], bits, block_size)
-            model.graph.initializer.extend(_pack(node, codes, scales, bits, block_size, cfg.accuracy_level))
+            codes, scales = gptq(weight, seen.gram[node.input[0]], cfg.bits, cfg.block_size)
+            model.graph.initializer.extend(_pack(node, codes, scales, cfg))
 
 
-def _pack(
-    node: onnx.NodeProto, codes: Any, scales: Any, bits: int, block_size: int, accuracy_level: int
-) -> list[onnx.TensorProto]:
+def _pack(node: onnx.NodeProto, codes: Any, scales: Any, cfg: Any) -> list[onnx.TensorProto]:
     """Make `node` a MatMulNBits of `codes` (inputs, outputs); its two new tensors."""
     inputs, outputs = codes.shape
-    packed = codes.T.reshape(outputs, inputs // block_size, block_size)
-    if bits == 4:
+    packed = codes.T.reshape(outputs, inputs // cfg.block_size, cfg.block_size)
+    if cfg.bits == 4:
         packed = packed[:, :, ::2] | (packed[:, :, 1::2] << 4)
-    weight, scale = f"{node.input[1]}_Q{bits}", f"{node.input[1]}_scales"
+    weight, scale = f"{node.input[1]}_Q{cfg.bits}", f"{node.input[1]}_scales"
     made = helper.make_node(
         "MatMulNBits",
         [node.input[0], weight, scale],
@@ -99,9 +95,9 @@ def _pack(
         domain="com.microsoft",
         K=inputs,
         N=outputs,
-        bits=bits,
-        block_size=block_size,
-        accuracy_level=accuracy_level,
+        bits=cfg.bits,
+        block_size=cfg.block_size,
+        accuracy_level=cfg.accuracy_level,
     )
     node.CopyFrom(made)
     return [
