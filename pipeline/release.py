@@ -80,6 +80,9 @@ Makes the calls of {len(tools)} tools: {", ".join(tools)}.
 - p50 {1e3 * bench["call_s"]["p50"]:.0f} ms, p95 {1e3 * bench["call_s"]["p95"]:.0f} ms a call on {machine["cpu"]},
   {machine["cores"]} cores ({bench["device"]}).
 
+It writes a call as `<tool_call>NAME`, then a line `argument: value` each, texts without quotes or escapes
+(pipeline/toolcall/compact.py reads it). The prompt is ChatML; its system message lists the tools (pipeline/toolcall/prompt.py).
+
 Limits: one call a reply; English requests; other tools than these were a small part of its training.
 
     from pipeline.runtime.caller import ToolCaller
