@@ -81,7 +81,8 @@ Makes the calls of {len(tools)} tools: {", ".join(tools)}.
   {machine["cores"]} cores ({bench["device"]}).
 
 It writes a call as `<tool_call>NAME`, then a line `argument: value` each, texts without quotes or escapes
-(pipeline/toolcall/compact.py reads it). The prompt is ChatML; its system message lists the tools (pipeline/toolcall/prompt.py).
+(pipeline/toolcall/compact.py reads it). The prompt is ChatML, its system message lists the tools
+(pipeline/toolcall/prompt.py).
 
 Limits: one call a reply; English requests; other tools than these were a small part of its training.
 
