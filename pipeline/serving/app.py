@@ -118,7 +118,7 @@ class Server:
         self.open_requests += 1
         streaming = False
         try:
-            body = await self._body(request, api.body)
+            body: Any = await self._body(request, api.body)
             asked = _reading(lambda: api.asked(body, self._own(), self.limits.max_new_tokens))
             reply = _Reply(self, api, body, asked, start)
             async with asyncio.timeout(self.limits.request_timeout_s):

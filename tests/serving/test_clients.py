@@ -11,7 +11,7 @@ from tests.serving.test_server import ASK, OPENAI_ASK
 
 
 def test_anthropic_client(serve: Serve) -> None:
-    client = anthropic.Anthropic(base_url=serve().url, api_key="none")
+    client: Any = anthropic.Anthropic(base_url=serve().url, api_key="none")
     whole = client.messages.create(**ASK)
     with client.messages.stream(**ASK) as stream:
         kinds = [event.type for event in stream]
@@ -28,7 +28,7 @@ def test_anthropic_client(serve: Serve) -> None:
 
 
 def test_anthropic_client_answers_with_a_result(serve: Serve) -> None:
-    client = anthropic.Anthropic(base_url=serve().url, api_key="none")
+    client: Any = anthropic.Anthropic(base_url=serve().url, api_key="none")
     call = client.messages.create(**ASK)
     result = {"type": "tool_result", "tool_use_id": call.content[0].id, "content": [{"type": "text", "text": "x = 1"}]}
     turns = [*ASK["messages"], {"role": "assistant", "content": call.content}, {"role": "user", "content": [result]}]
@@ -38,7 +38,7 @@ def test_anthropic_client_answers_with_a_result(serve: Serve) -> None:
 
 
 def test_anthropic_tool_choice(serve: Serve) -> None:
-    client = anthropic.Anthropic(base_url=serve().url, api_key="none")
+    client: Any = anthropic.Anthropic(base_url=serve().url, api_key="none")
     echo: dict[str, Any] = {
         "name": "Stop",
         "input_schema": {"type": "object", "properties": {}, "additionalProperties": False},
@@ -52,7 +52,7 @@ def test_anthropic_tool_choice(serve: Serve) -> None:
 
 
 def test_openai_client(serve: Serve) -> None:
-    client = openai.OpenAI(base_url=serve().url + "/v1", api_key="none")
+    client: Any = openai.OpenAI(base_url=serve().url + "/v1", api_key="none")
     whole = client.chat.completions.create(**OPENAI_ASK)
     call = whole.choices[0].message.tool_calls[0]
     assert (call.function.name, json.loads(call.function.arguments)) == ("Read", {"file_path": "src/a.py"})
@@ -68,7 +68,7 @@ def test_openai_client(serve: Serve) -> None:
 
 
 def test_openai_client_answers_with_a_result(serve: Serve) -> None:
-    client = openai.OpenAI(base_url=serve().url + "/v1", api_key="none")
+    client: Any = openai.OpenAI(base_url=serve().url + "/v1", api_key="none")
     call = client.chat.completions.create(**OPENAI_ASK).choices[0].message
     result = {"role": "tool", "tool_call_id": call.tool_calls[0].id, "content": "x = 1"}
     turns = [*OPENAI_ASK["messages"], call.model_dump(exclude_none=True), result]

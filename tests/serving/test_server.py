@@ -15,7 +15,7 @@ import pytest
 
 from tests.serving.conftest import Serve
 
-READ = {
+READ: dict[str, Any] = {
     "name": "Read",
     "description": "Reads.",
     "input_schema": {
@@ -24,13 +24,13 @@ READ = {
         "required": ["file_path"],
     },
 }
-ASK = {
+ASK: dict[str, Any] = {
     "model": "m",
     "max_tokens": 200,
     "messages": [{"role": "user", "content": "read src/a.py"}],
     "tools": [READ],
 }
-OPENAI_ASK = {
+OPENAI_ASK: dict[str, Any] = {
     "model": "m",
     "messages": [{"role": "user", "content": "read src/a.py"}],
     "tools": [{"type": "function", "function": {"name": "Read", "parameters": READ["input_schema"]}}],
@@ -168,14 +168,14 @@ def test_waiting_request_that_is_cancelled_leaves_the_queue(serve: Serve) -> Non
 
 
 def test_accepted_requests_are_answered_after_the_stop_and_new_ones_are_not(serve: Serve) -> None:
-    served = serve(step_s=0.02)
+    served = serve(step_s=0.3)
     statuses: list[int] = []
     asking = [
         threading.Thread(target=lambda: statuses.append(served.post("/v1/messages", ASK).status_code)) for _ in range(4)
     ]
     for thread in asking:
         thread.start()
-    wait_until(lambda: served.server.open_requests == 4)
+    wait_until(lambda: served.engine.queue_length == 3)
     served.engine.stop()
     assert served.post("/v1/messages", ASK).status_code == 503
     assert httpx.get(served.url + "/ready").status_code == 503
@@ -200,7 +200,12 @@ def test_failing_model_fails_its_request_only(serve: Serve) -> None:
 
 def test_long_tool_result_is_cut_and_old_messages_are_left_out(serve: Serve) -> None:
     seen: list[str] = []
-    served = serve(say=lambda asked: (seen.append(asked), "ok")[1])
+
+    def say(asked: str) -> str:
+        seen.append(asked)
+        return "ok"
+
+    served = serve(say=say)
     use = {"type": "tool_use", "id": "t1", "name": "Read", "input": {"file_path": "a"}}
     result = {"type": "tool_result", "tool_use_id": "t1", "content": "long " * 2000}
     served.post(
