@@ -86,14 +86,15 @@ class PrefixTrainer(Trainer):
     """A Trainer whose batch is one step of requests behind shared prefixes."""
 
     products: AbstractContextManager[Any] = nullcontext()  # how training computes them
+    head: tuple[torch.Tensor, torch.Tensor] | None = None  # of training, where the head itself is not trained
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         del num_items_in_batch  # a step is a batch: its mean is taken in shared_prefix.loss
-        products = self.products if model.training else nullcontext()
+        products, head = (self.products, self.head) if model.training else (nullcontext(), None)
         with self.accelerator.autocast(), products:  # autocast wraps model.forward only; the loss calls its parts
-            found = shared_prefix.loss(model, inputs)
+            found = shared_prefix.loss(model, inputs, head)
         return (found, {}) if return_outputs else found
 
 
@@ -267,6 +268,8 @@ def make_trainer(
     )
     if precision == "int8":
         trainer.products = Int8Products()
+    if not trainer.model.get_output_embeddings().weight.requires_grad:
+        trainer.head = shared_prefix.short_head(trainer.model, examples["train"])
     return trainer
 
 

@@ -1,8 +1,10 @@
 """Training with products of whole numbers: on a CPU with VNNI, four times as many a second as in float32.
 
 Weights stay float32. A linear layer rounds its input and its weight to 8 bits once, with a scale for each
-token and for each output, and its backward pass uses the rounded ones: the scales that would stand inside
-a sum are moved into the gradient before that is rounded (after torchao's int8 mixed-precision training).
+token and for each output. The weight's gradient is computed from the rounded input: the scales that would stand
+inside its sum are moved into the gradient of the output before that is rounded (after torchao's int8 mixed-precision
+training). The input's gradient is not rounded: from layer to layer the errors would grow, and in equal steps the
+model learned much less (docs/experiments.md).
 """
 
 from typing import Any
@@ -40,28 +42,23 @@ class Int8Products(TorchFunctionMode):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, *both: torch.Tensor) -> torch.Tensor:
-        del weight  # only its gradient goes through here
         x8, x_scale, w8, w_scale = both
-        ctx.save_for_backward(*both)
+        ctx.save_for_backward(weight, x8, x_scale)
         y = torch._int_mm(x8, w8.t()).float().mul_(x_scale).mul_(w_scale.t())
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x8, x_scale, w8, w_scale = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        g8, scale = rounded(flat, 1, w_scale.t())
-        to_x = torch._int_mm(g8, w8).float().mul_(scale).view(*grad.shape[:-1], -1)
+        weight, x8, x_scale = ctx.saved_tensors
+        to_x = grad @ weight if ctx.needs_input_grad[0] else None
         to_weight = None
         if ctx.needs_input_grad[1]:
-            g8, scale = rounded(flat, 0, x_scale)
+            g8, scale = rounded(grad.reshape(-1, grad.shape[-1]) * x_scale, 0)
             to_weight = torch._int_mm(g8.t(), x8).float().mul_(scale.t())
         return to_x, to_weight, None, None, None, None
 
 
-def rounded(x: torch.Tensor, dim: int, times: torch.Tensor | None = None) -> Rounded:
-    """x, times a factor that is broadcast to it, as int8 and its scale along `dim`."""
-    if times is not None:
-        x = x * times
+def rounded(x: torch.Tensor, dim: int) -> Rounded:
+    """x as int8, and its scale along `dim`."""
     scale = torch.maximum(x.amax(dim, keepdim=True), -x.amin(dim, keepdim=True)).clamp_(min=1e-30).div_(127)
     return (x * (1 / scale)).round_().to(torch.int8), scale

@@ -1,8 +1,8 @@
 """What a call may look like, token by token, from the tools' JSON schemas (llguidance).
 
 Free text stays free: the grammar holds a reply only once it has begun with `<tool_call>`. A parameter that its
-schema marks `"x-copy": "span"` can only be a span of the request, one marked "path" also two spans with a
-slash between ("api.md in docs"): small models misspell what they copy.
+schema marks `"x-copy": "span"` can only be a span of whole words of the request, one marked "path" also two spans
+with a slash between ("api.md in docs"): small models misspell what they copy, and stop too soon.
 """
 
 import json
@@ -80,6 +80,7 @@ class Guide:
 
 # Of a tool's parameters. An argument that is not among the properties is never right, whatever they say.
 KEYWORDS = {"type", "properties", "required", "additionalProperties", "description", "title", "$schema", "$defs"}
+WORD = re.compile(r"\w+|\W")
 SPACES = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
@@ -89,7 +90,7 @@ def _lark(tools: Sequence[Tool], text: str = "") -> str:
         [
             f"start: {json.dumps(OPENING)} ({' | '.join(calls)})",
             'PATH: SPAN ("/" SPAN)?',
-            f"SPAN: %regex {json.dumps({'substring_chars': text})}",
+            f"SPAN: %regex {json.dumps({'substring_chunks': WORD.findall(text)})}",
             "REST: /(?s:.*)/",
             *(rule for number, tool in enumerate(tools) for rule in _call(number, tool)),
         ]

@@ -23,16 +23,16 @@ def system_prompt(tools: Sequence[Tool]) -> str:
     return (
         "You make tool calls. Tools:\n"
         + "\n".join(lines)
-        + f"\nReply with one call, {OPENING}NAME and a line `argument: value` for each, copying texts exactly, "
-        "or with plain text if no tool fits or something is missing."
+        + f"\nReply with {OPENING}NAME and a line `argument: value` each, or with plain text if no tool fits or "
+        "something is missing."
     )
 
 
 def signature(tool: Tool) -> str:
-    """`Read(file_path: string, offset?: integer)`: ? marks what may be left out."""
+    """`Read(file_path, offset?: integer)`: ? marks what may be left out, and a text has no type: each costs tokens."""
     required = tool.parameters.get("required", [])
     parts = [
-        f"{name}{'' if name in required else '?'}: {_kind(schema)}"
+        f"{name}{'' if name in required else '?'}{_kind(schema)}"
         for name, schema in tool.parameters.get("properties", {}).items()
     ]
     return f"{tool.name}({', '.join(parts)})"
@@ -40,9 +40,9 @@ def signature(tool: Tool) -> str:
 
 def _kind(schema: dict[str, Any]) -> str:
     if "enum" in schema:
-        return "|".join(str(value) for value in schema["enum"])
+        return ": " + "|".join(str(value) for value in schema["enum"])
     kind = schema.get("type", "any")
-    return "|".join(kind) if isinstance(kind, list) else str(kind)
+    return "" if kind == "string" else f": {'|'.join(kind) if isinstance(kind, list) else kind}"
 
 
 def prefix_tokens(tokenizer: Tokenizer, tools: Sequence[Tool]) -> list[int]:

@@ -5,7 +5,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.model.int8_training import Int8Products
-from pipeline.model.shared_prefix import ATTENTION, Example, loss, pack, steps
+from pipeline.model.shared_prefix import ATTENTION, Example, loss, pack, short_head, steps
 
 
 def tiny_model() -> LlamaForCausalLM:
@@ -53,6 +53,19 @@ def test_loss_and_gradient_are_those_of_the_plain_batch() -> None:
         torch.testing.assert_close(weight.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
+def test_short_head_leaves_out_what_no_example_holds() -> None:
+    model = tiny_model()
+    tokens, rows = short_head(model, STEP)
+    assert set(tokens.tolist()) == {token for example in STEP for token in example.tokens}
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([STEP[1].tokens])).logits[0, -2, tokens]
+        model.set_attn_implementation(ATTENTION)
+        found = loss(model, pack(STEP[1:2]), (tokens, rows))
+        everything = short_head(model, [Example(list(range(50)), 1, 1)])
+        torch.testing.assert_close(loss(model, pack(STEP), everything), loss(model, pack(STEP)))
+    torch.testing.assert_close(found, -logits.log_softmax(-1)[tokens.tolist().index(23)])
+
+
 def test_steps_hold_every_example_once_within_the_budget() -> None:
     rare = [Example([9, 8, n, 3], 3, 2 + n % 2) for n in range(5)]
     long = Example([1, 2, 3, 4, *range(10, 50)], 6, 4)
@@ -79,3 +92,10 @@ def test_int8_products_are_close_forward_and_backward() -> None:
         assert not torch.equal(exact, rounded) or exact.ndim == 1  # norms stay exact but for what reaches them
         error = (exact - rounded).norm() / exact.norm()
         assert error < 0.05
+
+
+def test_int8_products_do_not_round_the_gradient_of_the_input() -> None:
+    weight, x, grad = torch.randn(6, 4), torch.randn(3, 4, requires_grad=True), torch.randn(3, 6)
+    with Int8Products():
+        functional.linear(x, weight).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ weight)

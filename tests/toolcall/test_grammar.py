@@ -47,6 +47,8 @@ def allows(tokenizer: Any, call: ToolCall, tools: tuple[Tool, ...]) -> bool:
         ({"old_string": '```\nx = "é\\n"\n```', "new_string": ""}, True),
         ({"old_string": "src/b", "new_string": ""}, False),  # joined spans are for paths
         ({"old_string": "X", "new_string": ""}, False),
+        ({"old_string": "repl", "new_string": ""}, False),  # half a word
+        ({"file_path": "rc/b c.py", "old_string": "x", "new_string": ""}, False),
         ({"new_string": ""}, False),  # required
         ({"file_path": "b c.py", "new_string": ""}, False),
         ({"old_string": "x", "new_string": "a\nmore: 1"}, True),  # no argument of this tool: text
