@@ -21,7 +21,7 @@ def texts(tokenizer: Any, requests: Sequence[Request]) -> list[list[int]]:
     """Prefix, request and right reply of each, as tokens."""
     return [
         prompt.prefix_tokens(tokenizer, request.tools)
-        + prompt.request_tokens(tokenizer, request.messages)
+        + prompt.request_tokens(tokenizer, request.messages, request.tools)
         + (prompt.reply_tokens(tokenizer, request) if request.expected else [])
         for request in requests
     ]
@@ -80,7 +80,9 @@ def closeness(reference: Path, other: Path, requests: Sequence[Request]) -> dict
     rows = texts(tokenizer, requests)
     asked_for = [
         slice(
-            len(prompt.prefix_tokens(tokenizer, r.tools)) + len(prompt.request_tokens(tokenizer, r.messages)) - 1,
+            len(prompt.prefix_tokens(tokenizer, r.tools))
+            + len(prompt.request_tokens(tokenizer, r.messages, r.tools))
+            - 1,
             -1 if r.expected else None,
         )
         for r in requests

@@ -112,8 +112,7 @@ class ToolCaller:
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         prefix, asked = self.encode(messages, tools, max_new_tokens)
-        text = "\n".join(message["content"] for message in messages)
-        return Prompt(prefix, asked, self.tokenizer.eos_token_id, text, choice)
+        return Prompt(prefix, asked, self.tokenizer.eos_token_id, prompt.request_text(messages), choice)
 
     def stream(self, prompted: Prompt, tools: tuple[Tool, ...], max_new_tokens: int) -> Iterator[Token]:
         """Token by token, the end token last unless cut off; to close the iterator stops the model."""
@@ -127,7 +126,7 @@ class ToolCaller:
         if key not in self._prefixes:
             self._prefixes[key] = prompt.prefix_tokens(self.tokenizer, tools)
         prefix = self._prefixes[key]
-        asked = prompt.request_tokens(self.tokenizer, messages)
+        asked = prompt.request_tokens(self.tokenizer, messages, tools)
         if self.runtime.context_tokens < len(prefix) + len(asked) + max_new_tokens:
             raise ValueError(
                 f"a request of {len(prefix) + len(asked)} tokens and a reply of {max_new_tokens} do not fit "

@@ -67,10 +67,3 @@ def test_without_copied_arguments_any_text_is_allowed(tiny_base: Path) -> None:
     arguments = {"file_path": "lib/x", "old_string": "nowhere", "new_string": ""}
     call = ToolCall("Edit", arguments)
     assert allows(AutoTokenizer.from_pretrained(tiny_base), call, parse_tools([free], "tools.json"))
-
-
-@pytest.mark.parametrize("schema", [{"type": "string", "x-copy": True}, {"type": "integer", "x-copy": "span"}])
-def test_unknown_copy_is_refused(schema: dict[str, Any]) -> None:
-    tool = {"name": "T", "parameters": {"type": "object", "properties": {"a": schema}}}
-    with pytest.raises(ValueError, match=r"tools.json: tool 1 \(T\): a: x-copy must be one of \['span', 'path'\]"):
-        parse_tools([tool], "tools.json")
