@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher
-from llguidance.hf import from_tokenizer
+from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, apply_token_bitmask_inplace, fill_next_token_bitmask
 from numpy.typing import NDArray
 
@@ -25,8 +24,8 @@ from pipeline.toolcall.tool import Tool
 class Grammar:
     """The grammar of one list of tools. Raises ValueError naming the tool whose schema it cannot express."""
 
-    def __init__(self, tokenizer: Any, tools: Sequence[Tool]) -> None:
-        self._vocabulary = from_tokenizer(tokenizer, n_vocab=len(tokenizer))
+    def __init__(self, vocabulary: LLTokenizer, tools: Sequence[Tool]) -> None:
+        self._vocabulary = vocabulary
         for tool in tools:
             if unknown := tool.parameters.keys() - KEYWORDS:
                 raise ValueError(

@@ -4,11 +4,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from pipeline.toolcall.compact import read, write
 from pipeline.toolcall.conversation import Request
 from pipeline.toolcall.prompt import reply_tokens
+from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool, ToolCall
 
 PROPERTIES: dict[str, Any] = {
@@ -53,7 +53,7 @@ def test_value_that_looks_like_the_next_argument_is_not_trained_on(tiny_base: Pa
     messages = ({"role": "user", "content": "x"},)
     request = Request("r1", "Put", messages, (TOOL,), ToolCall("Put", {"path": "a\ncount: 3"}))
     with pytest.raises(ValueError, match="request r1: a value of its call looks like the next argument"):
-        reply_tokens(AutoTokenizer.from_pretrained(tiny_base), request)
+        reply_tokens(Tokenizer(tiny_base), request)
 
 
 def test_value_of_another_kind_is_read_and_does_not_fit() -> None:

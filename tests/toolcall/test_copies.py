@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from pipeline.toolcall import compact
 from pipeline.toolcall.grammar import Grammar
+from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool, ToolCall, parse_tools
 
 SCHEMAS: dict[str, Any] = {
@@ -55,8 +55,8 @@ def test_what_can_be_copied_is_copied(
     found = compact.write(call, TOOLS, request_text)
     assert found == f"<tool_call>T\n{written}"
     assert compact.read(found, TOOLS) == call
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    guide = Grammar(tokenizer, TOOLS).start(request_text)
+    tokenizer = Tokenizer(tiny_base)
+    guide = Grammar(tokenizer.vocabulary, TOOLS).start(request_text)
     guide.accept(tokenizer.encode(found, add_special_tokens=False, split_special_tokens=True))
     if not guide.finished:  # it has where nothing else could follow
         guide.accept([tokenizer.eos_token_id])
