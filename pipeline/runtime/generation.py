@@ -27,22 +27,36 @@ class Token:
     changed: bool = False  # the grammar ruled out what the model would have chosen
 
 
-@dataclass(frozen=True)
+@dataclass
 class Techniques:
+    """Section `techniques` of params.yaml; not frozen because OmegaConf fills it."""
+
+    prefixes: int  # tool lists whose KV cache is kept; 0: it is computed for each request
     grammar: bool
     forced: bool  # append what the grammar forces in one step
     draft_tokens: int  # at most this many copied from the request per step
 
+    def __post_init__(self) -> None:
+        for name in ("prefixes", "draft_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"techniques.{name} must be 0 or more, got {getattr(self, name)}")
+        if not self.grammar and (self.forced or self.draft_tokens):
+            raise ValueError("techniques.forced and techniques.draft_tokens need techniques.grammar")
 
-PLAIN = Techniques(grammar=False, forced=False, draft_tokens=0)
-ALL = Techniques(grammar=True, forced=True, draft_tokens=4)
+
+PREFIXES = 8
+PLAIN = Techniques(PREFIXES, grammar=False, forced=False, draft_tokens=0)
+ALL = Techniques(PREFIXES, grammar=True, forced=True, draft_tokens=4)
 
 
 class Runtime(Protocol):
     context_tokens: int  # the longest that prefix, prompt and reply may be together
 
+    def keeps(self, prefix: Sequence[int]) -> bool:
+        """Is its KV cache there from an earlier request?"""
+
     def begin(self, prefix: Sequence[int]) -> None:
-        """Make the KV cache hold `prefix`; the last one is kept."""
+        """Make the KV cache hold `prefix`; those of the last few are kept."""
 
     def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
         """Logits (keep, vocabulary) after the last `keep` of `tokens`, which take the positions from `at` on.
@@ -233,6 +247,10 @@ class NullRuntime:
     def __init__(self, reply: Sequence[int], vocabulary: int) -> None:
         self._reply, self._vocabulary = reply, vocabulary
         self._prompt_end = -1
+
+    def keeps(self, prefix: Sequence[int]) -> bool:
+        del prefix
+        return True
 
     def begin(self, prefix: Sequence[int]) -> None:
         del prefix

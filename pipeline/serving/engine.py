@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -75,7 +75,6 @@ class Engine:
         self._changed = threading.Condition()
         self._stopping = False
         self._running = 0
-        self._prefix: Sequence[int] = ()
         self._loaded = threading.Event()
         self._failure: Exception | None = None
         self.caller: ToolCaller | None = None
@@ -179,8 +178,7 @@ class Engine:
     def _answer(self, caller: ToolCaller, job: _Job) -> None:
         tools = job.asked.tools or caller.tools
         prompted = fit(caller, job.asked, tools, self._tool_result_tokens)
-        kept = list(prompted.prefix) == list(self._prefix)
-        self._prefix = prompted.prefix
+        kept = caller.runtime.keeps(prompted.prefix)
         tokens: list[Token] = []
 
         def piece(last: bool) -> Piece:

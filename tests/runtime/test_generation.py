@@ -14,7 +14,7 @@ from pipeline.toolcall.grammar import Grammar
 from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool
 
-GRAMMAR_ONLY = Techniques(grammar=True, forced=False, draft_tokens=0)
+GRAMMAR_ONLY = Techniques(prefixes=1, grammar=True, forced=False, draft_tokens=0)
 TOOLS = (
     Tool(
         "Grep",
@@ -39,6 +39,10 @@ class RandomRuntime:
         self._cache: list[int] = []
         self._asked = 0
         self.steps = 0
+
+    def keeps(self, prefix: Sequence[int]) -> bool:
+        del prefix
+        return False
 
     def begin(self, prefix: Sequence[int]) -> None:
         self._cache, self._asked = list(prefix), 0
@@ -81,7 +85,7 @@ def replies(tokenizer: Tokenizer, use: Techniques, seed: int) -> tuple[list[Toke
 @pytest.mark.parametrize("forced", [False, True])
 def test_techniques_leave_the_reply_as_it_is(tokenizer: Tokenizer, seed: int, draft_tokens: int, forced: bool) -> None:
     expected, steps = replies(tokenizer, GRAMMAR_ONLY, seed)
-    found, fewer = replies(tokenizer, Techniques(True, forced, draft_tokens), seed)
+    found, fewer = replies(tokenizer, Techniques(1, True, forced, draft_tokens), seed)
     assert [token.id for token in found] == [token.id for token in expected]
     assert fewer <= steps
     assert fewer < steps or not forced
@@ -108,7 +112,7 @@ def test_text_stays_free(tokenizer: Tokenizer) -> None:
     text = tokenizer.encode('<tool> is no {"call"', add_special_tokens=False)
     runtime = NullRuntime([*text, tokenizer.eos_token_id], len(tokenizer))
     prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "")
-    for use in (PLAIN, Techniques(True, True, 4)):
+    for use in (PLAIN, ALL):
         found = list(generate(runtime, prompt, Grammar(tokenizer.vocabulary, TOOLS), use))
         assert [token.id for token in found] == [*text, tokenizer.eos_token_id]
         assert not any(token.changed for token in found)

@@ -12,6 +12,8 @@ from pipeline.model.onnx_export import export_portable
 from pipeline.runtime.caller import load_runtime
 from pipeline.runtime.generation import RowsRuntime, Runtime, generate_together
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporter warns about itself
+
 PREFIX, OTHER = list(range(10, 30)), list(range(60, 95))
 ASKED, WRONG, RIGHT = [1, 2, 3, 4, 5], [6, 7, 8], [9, 10]
 
@@ -23,13 +25,15 @@ def tiny_onnx(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.parametrize("kind", ["base", "onnx", "fused"])
-@pytest.mark.filterwarnings("ignore")  # torch's exporter warns about itself
-def test_steps_give_the_logits_of_a_plain_pass(
-    kind: str, tiny_base: Path, tiny_fused: Path, request: pytest.FixtureRequest
-) -> None:
-    folder = {"base": tiny_base, "fused": tiny_fused}.get(kind) or request.getfixturevalue("tiny_onnx")
-    runtime: Runtime = load_runtime(folder, "cpu", threads=1)
+@pytest.fixture(params=["base", "onnx", "fused"])
+def folder(tiny_base: Path, tiny_fused: Path, request: pytest.FixtureRequest) -> Path:
+    found: Path = {"base": tiny_base, "fused": tiny_fused}.get(request.param) or request.getfixturevalue("tiny_onnx")
+    return found
+
+
+@pytest.mark.parametrize("prefixes", [0, 1, 2])
+def test_steps_give_the_logits_of_a_plain_pass(folder: Path, prefixes: int, tiny_base: Path) -> None:
+    runtime: Runtime = load_runtime(folder, "cpu", 1, prefixes)
     for prefix in (PREFIX, OTHER, OTHER, PREFIX):
         expected = pytorch_logits(tiny_base, [[*prefix, *ASKED, *RIGHT]])[0]
         at = len(prefix)
@@ -41,8 +45,14 @@ def test_steps_give_the_logits_of_a_plain_pass(
         np.testing.assert_allclose(again, expected[-2:], atol=1e-4)
 
 
+def test_prefix_that_was_not_used_for_the_longest_is_dropped(folder: Path) -> None:
+    runtime = load_runtime(folder, "cpu", 1, prefixes=2)
+    for prefix in (PREFIX, OTHER, PREFIX, ASKED):
+        runtime.begin(prefix)
+    assert [runtime.keeps(prefix) for prefix in (PREFIX, OTHER, ASKED)] == [True, False, True]
+
+
 @pytest.mark.parametrize("kind", ["base", "onnx"])
-@pytest.mark.filterwarnings("ignore")  # torch's exporter warns about itself
 def test_replies_together_are_those_alone(kind: str, tiny_base: Path, request: pytest.FixtureRequest) -> None:
     """Rows of different length, padded on the left, behind one prefix; a row that ends leaves the batch."""
     model, _ = load_tuned(tiny_base)
