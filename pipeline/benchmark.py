@@ -4,6 +4,7 @@ Reads the variant's model and data/prepared/test.jsonl; writes reports/benchmark
 the raw samples beside it. Variants are compared within one run on one machine.
 """
 
+import asyncio
 import logging
 import random
 import resource
@@ -23,7 +24,8 @@ from pipeline.bench.load import serve
 from pipeline.bench.statistics import percentiles
 from pipeline.provenance import provenance
 from pipeline.runtime.caller import Reply, ToolCaller
-from pipeline.runtime.generation import PLAIN, NullRuntime, Techniques
+from pipeline.runtime.generation import PLAIN, Choice, NullRuntime, Techniques
+from pipeline.serving.engine import Asked, Engine
 from pipeline.toolcall.conversation import Request, parse_request
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class BenchmarkConfig:
     min_s: float  # whole passes over them are made until this time is reached
     concurrency: list[int]
     calls_per_client: int
+    together: int  # of many clients' requests, answered at a time where the runtime can
     max_new_tokens: int
 
     def __post_init__(self) -> None:
@@ -51,6 +54,7 @@ class BenchmarkConfig:
         config.require_range("benchmark.requests", self.requests, 1, 1_000_000)
         config.require_range("benchmark.min_s", self.min_s, 0, 86_400)
         config.require_range("benchmark.calls_per_client", self.calls_per_client, 1, 1000)
+        config.require_range("benchmark.together", self.together, 1, 64)
         config.require_range("benchmark.max_new_tokens", self.max_new_tokens, 2, 100_000)
         for clients in self.concurrency:
             config.require_range("benchmark.concurrency", clients, 1, 10_000)
@@ -80,7 +84,17 @@ def run(paths: config.Paths, report: Path, variant: str, techniques: Techniques,
     for request in requests[: cfg.warmup_calls]:
         ask(caller, request, cfg)
     made = one_client(caller, requests, cfg)
-    by_concurrency = [many_clients(caller, requests, clients, cfg) for clients in cfg.concurrency]
+    peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the model is loaded again
+    together = cfg.together if variant in HELD and device == "cpu" else 1
+    engine = Engine(
+        lambda: ToolCaller.load(folder, paths.tools, device, cfg.threads, caller.techniques, together > 1),
+        max(cfg.concurrency),
+        caller.runtime.context_tokens,
+        together,
+    )
+    engine.wait_until_loaded()
+    by_concurrency = [many_clients(engine, requests, clients, cfg) for clients in cfg.concurrency]
+    engine.stop()
     decode = sum(reply.new_tokens - 1 for reply in made) / sum(reply.total_s - reply.first_token_s for reply in made)
     weights = sum(p.stat().st_size for p in [*folder.glob("model.onnx*"), *folder.glob("*.safetensors")])
     metrics: dict[str, Any] = {
@@ -88,7 +102,7 @@ def run(paths: config.Paths, report: Path, variant: str, techniques: Techniques,
         "device": device,
         "model_bytes": weights,
         "load_s": load_s,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss_bytes,
         "gpu_peak_bytes": None,
         "gpu_utilisation_fraction": None,
         "calls": len(made),
@@ -137,14 +151,16 @@ def harness_call_s(caller: ToolCaller, request: Request, cfg: BenchmarkConfig) -
     return percentiles([ask(null, request, cfg).total_s for _ in range(100)])["p50"]
 
 
-def many_clients(caller: ToolCaller, requests: list[Request], clients: int, cfg: BenchmarkConfig) -> dict[str, Any]:
-    """Requests wait for their turn: until there is batching, the model answers one at a time."""
+def many_clients(engine: Engine, requests: list[Request], clients: int, cfg: BenchmarkConfig) -> dict[str, Any]:
+    """Through the server's engine, without HTTP."""
     new_tokens: list[int] = []
 
-    def answer(number: int) -> None:
-        new_tokens.append(ask(caller, requests[number % len(requests)], cfg).new_tokens)
+    async def answer(number: int) -> None:
+        request = requests[number % len(requests)]
+        asked = Asked(tuple(request.messages), request.tools, Choice.AUTO, cfg.max_new_tokens, stream=False)
+        new_tokens.append((await engine.whole(asked)).new_tokens)
 
-    served = serve(answer, clients, max(clients * cfg.calls_per_client, len(requests)))
+    served = asyncio.run(serve(answer, clients, max(clients * cfg.calls_per_client, len(requests))))
     found = percentiles(served.call_s)
     return {
         "concurrency": clients,

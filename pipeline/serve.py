@@ -38,6 +38,7 @@ class ServeConfig:
     threads: int
     max_new_tokens: int
     tool_result_tokens: int  # longer results of tools are cut
+    together: int  # requests answered at a time; more than 1 needs a fused model on the CPU
     queue_length: int  # requests that may wait; more are refused
     body_bytes: int
     read_timeout_s: float
@@ -51,6 +52,7 @@ class ServeConfig:
         config.require_range("serve.threads", self.threads, 1, 1024)
         config.require_range("serve.max_new_tokens", self.max_new_tokens, 1, 100_000)
         config.require_range("serve.tool_result_tokens", self.tool_result_tokens, 1, 1_000_000)
+        config.require_range("serve.together", self.together, 1, 64)
         config.require_range("serve.queue_length", self.queue_length, 1, 1_000_000)
         config.require_range("serve.body_bytes", self.body_bytes, 1, 2**32)
         for name in ("read", "request", "drain"):
@@ -115,9 +117,11 @@ def start_engine(tools: Path, techniques: Techniques, cfg: ServeConfig) -> Engin
     own = cfg.model / "tools.json"
 
     def load() -> ToolCaller:
-        return ToolCaller.load(cfg.model, own if own.exists() else tools, cfg.device, cfg.threads, techniques)
+        return ToolCaller.load(
+            cfg.model, own if own.exists() else tools, cfg.device, cfg.threads, techniques, cfg.together > 1
+        )
 
-    engine = Engine(load, cfg.queue_length, cfg.tool_result_tokens)
+    engine = Engine(load, cfg.queue_length, cfg.tool_result_tokens, cfg.together)
     engine.wait_until_loaded()
     return engine
 

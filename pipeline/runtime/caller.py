@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from pipeline import files
-from pipeline.runtime.generation import ALL, PREFIXES, Choice, Prompt, Runtime, Techniques, Token, generate
+from pipeline.runtime.generation import ALL, PREFIXES, Choice, Decoding, Prompt, Runtime, Techniques, Token, generate
 from pipeline.runtime.manifest import check_manifest
 from pipeline.runtime.recent import Recent
 from pipeline.toolcall import compact, prompt
@@ -59,8 +59,9 @@ class ToolCaller:
         device: str = "cpu",
         threads: int = 2,
         techniques: Techniques = ALL,
+        together: bool = False,
     ) -> "ToolCaller":
-        """`tools`: their file; without it, the one in `folder` or else data/tools.json.
+        """`tools`: their file; without it, the one in `folder` or else data/tools.json. `together`: for an Engine.
 
         Raises FileNotFoundError where `folder` holds no model that a stage of this project wrote, ValueError where
         a released one was changed.
@@ -73,7 +74,8 @@ class ToolCaller:
         tools = tools or (own if own.exists() else Path("data/tools.json"))
         tokenizer = Tokenizer(folder)
         found = parse_tools(files.read_json(Path(tools)), str(tools))
-        return cls(load_runtime(folder, device, threads, techniques.prefixes), tokenizer, found, techniques)
+        runtime = load_runtime(folder, device, threads, techniques.prefixes, together)
+        return cls(runtime, tokenizer, found, techniques)
 
     def reply(
         self,
@@ -116,8 +118,12 @@ class ToolCaller:
         return Prompt(prefix, asked, self.tokenizer.eos_token_id, prompt.request_text(messages), choice)
 
     def stream(self, prompted: Prompt, tools: tuple[Tool, ...], max_new_tokens: int) -> Iterator[Token]:
-        """Token by token, the end token last unless cut off; to close the iterator stops the model."""
+        """Token by token, the end token last unless cut off."""
         return islice(generate(self.runtime, prompted, self._grammar(tools), self.techniques), max_new_tokens)
+
+    def decoding(self, prompted: Prompt, tools: tuple[Tool, ...]) -> Decoding:
+        """For who runs the model's steps."""
+        return Decoding(prompted, self._grammar(tools), self.techniques)
 
     def encode(
         self, messages: Sequence[Message], tools: tuple[Tool, ...], max_new_tokens: int
@@ -153,12 +159,21 @@ def _key(tools: tuple[Tool, ...]) -> str:
     return json.dumps([tool.to_json() for tool in tools])
 
 
-def load_runtime(folder: Path, device: str, threads: int, prefixes: int = PREFIXES) -> Runtime:
-    """`prefixes`: how many are kept."""
+def load_runtime(folder: Path, device: str, threads: int, prefixes: int = PREFIXES, together: bool = False) -> Runtime:
+    """`prefixes`: how many are kept. `together`: for several requests at a time.
+
+    Raises FileNotFoundError where `folder` holds no model, ValueError where it cannot answer requests together.
+    """
+    kind = str(files.read_json(folder / SETTINGS)["runtime"]) if (folder / SETTINGS).exists() else "PyTorch"
+    if together and (kind, device) != ("fused", "cpu"):
+        raise ValueError(f"{folder}: only a fused model on the CPU answers requests together, not {kind} on {device}")
+    if together:
+        from pipeline.runtime.packed import PackedRuntime
+
+        return PackedRuntime(folder, threads, prefixes)
     if (folder / SETTINGS).exists():
         from pipeline.runtime.ort import FusedRuntime, PortableRuntime
 
-        kind = files.read_json(folder / SETTINGS)["runtime"]
         if kind == "portable":
             return PortableRuntime(folder, device, threads, prefixes)
         return FusedRuntime(folder, device, threads, prefixes)

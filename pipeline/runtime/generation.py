@@ -7,8 +7,9 @@ come, not which (the grammar apart, where the model would break a call's form):
 - drafts copied from the request are checked in one step; so is the opening of a call, together with the prompt.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
@@ -82,6 +83,27 @@ class RowsRuntime(Protocol):
         """Drop the others."""
 
 
+@dataclass(eq=False)
+class Row:
+    """A request that is answered beside others."""
+
+    places: list[int] = field(default_factory=list)  # of its tokens in the KV cache, in the order of their positions
+
+
+@runtime_checkable
+class TogetherRuntime(Protocol):
+    """Several requests behind one prefix, each at its own pace. `begin` ends them all."""
+
+    def join(self) -> Row:
+        """A new request."""
+
+    def leave(self, row: Row) -> None:
+        """Its place is free at once."""
+
+    def step_together(self, steps: Sequence[tuple[Row, "Step"]]) -> list[NDArray[np.float32]]:
+        """Logits (keep, vocabulary) of each request after its step. One that failed can be repeated."""
+
+
 class Choice(StrEnum):
     """Whether the reply may be a call."""
 
@@ -104,32 +126,68 @@ def generate(runtime: Runtime, prompt: Prompt, grammar: Grammar | None, use: Tec
 
     Raises ValueError where a call is required and there is no grammar.
     """
-    reply = _Reply(prompt, grammar if use.grammar else None)
-    opening = reply.required()
-    runtime.begin(prompt.prefix)
-    yield from (Token(found, 0.0) for found in opening)
-    if reply.grammar_finished:  # the only tool, and it takes no arguments
-        yield Token(prompt.end, 0.0)
-        return
-    feed, draft, at = [*prompt.asked, *opening], reply.opening_draft(use), len(prompt.prefix)
-    while True:
-        logits = runtime.step([*feed, *draft], at, 1 + len(draft))
-        at += len(feed)
-        for row, guess in zip(logits, [*draft, None], strict=True):
-            token = reply.choose(row)
-            yield token
-            if reply.finished:
-                return
-            if token.id != guess or reply.grammar_finished:
+    decoding = Decoding(prompt, grammar, use)
+    yield from decoding.opening
+    if decoding.step:
+        runtime.begin(prompt.prefix)
+    while step := decoding.step:
+        yield from decoding.read(step, runtime.step(step.tokens, step.at, step.keep))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the model reads next."""
+
+    feed: list[int]
+    draft: list[int]  # what it is guessed to say then
+    at: int  # position of the first; what the KV cache holds from there on is dropped
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.feed, *self.draft]
+
+    @property
+    def keep(self) -> int:
+        """The last token to feed and each of the draft: after these the model is asked for its logits."""
+        return 1 + len(self.draft)
+
+
+class Decoding:
+    """One reply, a step of the model at a time."""
+
+    def __init__(self, prompt: Prompt, grammar: Grammar | None, use: Techniques) -> None:
+        """Raises ValueError as `generate` does."""
+        self._prompt, self._use = prompt, use
+        self._reply = _Reply(prompt, grammar if use.grammar else None)
+        required = self._reply.required()
+        self.opening = [Token(found, 0.0) for found in required]  # whatever the model thinks
+        self.step: Step | None = Step(
+            [*prompt.asked, *required], self._reply.opening_draft(use), len(prompt.prefix)
+        )  # None: the reply has ended
+        if self._reply.grammar_finished:  # the only tool, and it takes no arguments
+            self._end(self.opening)
+
+    def read(self, step: Step, logits: NDArray[np.float32]) -> list[Token]:
+        """What is said after `step`, whose `logits` (keep, vocabulary) these are; `self.step` is then the next."""
+        said: list[Token] = []
+        for row, guess in zip(logits, [*step.draft, None], strict=True):
+            said.append(self._reply.choose(row))
+            if self._reply.finished:
+                self.step = None
+                return said
+            if said[-1].id != guess or self._reply.grammar_finished:
                 break
-            at += 1
-        forced = reply.forced() if use.forced else []
-        yield from (Token(found, 0.0) for found in forced)
-        if reply.grammar_finished:
-            yield Token(prompt.end, 0.0)
-            return
-        feed = [token.id, *forced]
-        draft = reply.draft(use.draft_tokens)
+        at = step.at + len(step.feed) + len(said) - 1
+        forced = self._reply.forced() if self._use.forced else []
+        self.step = Step([said[-1].id, *forced], self._reply.draft(self._use.draft_tokens), at)
+        said += [Token(found, 0.0) for found in forced]
+        if self._reply.grammar_finished:
+            self._end(said)
+        return said
+
+    def _end(self, said: list[Token]) -> None:
+        said.append(Token(self._prompt.end, 0.0))
+        self.step = None
 
 
 def generate_together(
@@ -235,8 +293,7 @@ def greedy(logits: NDArray[np.float32]) -> Token:
 
 def _log_probability(logits: NDArray[np.float32], token: int) -> float:
     top = float(logits.max())
-    total = float(np.log(np.exp(logits - top, dtype=np.float32).sum(dtype=np.float64)))
-    return float(logits[token]) - top - total
+    return float(logits[token]) - top - math.log(np.exp(logits - top).sum())
 
 
 class NullRuntime:

@@ -17,17 +17,21 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 def open_session(path: Path, device: str, threads: int) -> onnxruntime.InferenceSession:
     """Raises RuntimeError where ONNX Runtime does not offer `device`: it would fall back without a word."""
+    if PROVIDERS[device] not in onnxruntime.get_available_providers():
+        found = onnxruntime.get_available_providers()
+        raise RuntimeError(f"benchmark.device is {device}, but ONNX Runtime offers only {found}")
+    return onnxruntime.InferenceSession(str(path), session_options(threads), providers=[PROVIDERS[device]])
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    if PROVIDERS[device] not in onnxruntime.get_available_providers():
-        found = onnxruntime.get_available_providers()
-        raise RuntimeError(f"benchmark.device is {device}, but ONNX Runtime offers only {found}")
-    return onnxruntime.InferenceSession(str(path), options, providers=[PROVIDERS[device]])
+    return options
 
 
-def _past_inputs(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, int]]:
+def past_inputs(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, int]]:
     """Each past's name, with its heads and size of a head."""
     return {
         found.name: (found.shape[1], found.shape[3])
@@ -41,7 +45,7 @@ class PortableRuntime:
 
     def __init__(self, folder: Path, device: str, threads: int, prefixes: int) -> None:
         self._session = open_session(folder / "model.onnx", device, threads)
-        self._heads = _past_inputs(self._session)
+        self._heads = past_inputs(self._session)
         self._inputs = {found.name for found in self._session.get_inputs()}
         self._outputs = ["logits", *(name.replace("past_key_values", "present") for name in self._heads)]
         self.context_tokens = int(files.read_json(folder / "config.json")["max_position_embeddings"])
@@ -111,7 +115,7 @@ class FusedRuntime:
             name: onnxruntime.OrtValue.ortvalue_from_numpy(
                 np.zeros((1, heads, self.context_tokens, size), np.float32), device
             )
-            for name, (heads, size) in _past_inputs(self._session).items()
+            for name, (heads, size) in past_inputs(self._session).items()
         }
         self._binding = self._session.io_binding()
         for name, value in self._past.items():
