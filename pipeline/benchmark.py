@@ -23,8 +23,8 @@ from pipeline import config, files
 from pipeline.bench.load import serve
 from pipeline.bench.statistics import percentiles
 from pipeline.provenance import provenance
-from pipeline.runtime.caller import Reply, ToolCaller
-from pipeline.runtime.generation import PLAIN, Choice, NullRuntime, Techniques
+from pipeline.runtime.caller import Reply, ToolCaller, load_runtime
+from pipeline.runtime.generation import PLAIN, Choice, NullRuntime, Techniques, ablations
 from pipeline.serving.engine import Asked, Engine
 from pipeline.toolcall.conversation import Request, parse_request
 
@@ -45,6 +45,7 @@ class BenchmarkConfig:
     concurrency: list[int]
     calls_per_client: int
     together: int  # of many clients' requests, answered at a time where the runtime can
+    ablation_requests: int  # of them, to measure the effect of each technique with
     max_new_tokens: int
 
     def __post_init__(self) -> None:
@@ -55,6 +56,7 @@ class BenchmarkConfig:
         config.require_range("benchmark.min_s", self.min_s, 0, 86_400)
         config.require_range("benchmark.calls_per_client", self.calls_per_client, 1, 1000)
         config.require_range("benchmark.together", self.together, 1, 64)
+        config.require_range("benchmark.ablation_requests", self.ablation_requests, 1, 1_000_000)
         config.require_range("benchmark.max_new_tokens", self.max_new_tokens, 2, 100_000)
         for clients in self.concurrency:
             config.require_range("benchmark.concurrency", clients, 1, 10_000)
@@ -114,6 +116,7 @@ def run(paths: config.Paths, report: Path, variant: str, techniques: Techniques,
         "bandwidth_fraction": decode * weights / read_bandwidth_bytes_per_s(cfg.threads),
         "harness_call_s": harness_call_s(caller, requests[0], cfg),
         "by_concurrency": by_concurrency,
+        "ablation": ablation(caller, folder, device, requests, cfg) if variant in HELD else [],
     }
     files.write_json(report.with_suffix(".samples.json"), {"call_s": [reply.total_s for reply in made]})
     files.write_json(report, metrics | {"provenance": provenance((techniques, cfg))})
@@ -170,6 +173,30 @@ def many_clients(engine: Engine, requests: list[Request], clients: int, cfg: Ben
         "p95_s": found["p95"],
         "error_fraction": served.errors / (served.errors + len(served.call_s)),
     }
+
+
+def ablation(
+    caller: ToolCaller, folder: Path, device: str, requests: list[Request], cfg: BenchmarkConfig
+) -> list[dict[str, Any]]:
+    """Calls without each technique, each request asked in all ways before the next, so that the machine is the same."""
+    uncached = load_runtime(folder, device, cfg.threads, prefixes=0)
+    callers = {
+        name: ToolCaller(caller.runtime if use.prefixes else uncached, caller.tokenizer, caller.tools, use)
+        for name, use in ablations(caller.techniques).items()
+    }
+    made: dict[str, list[Reply]] = {name: [] for name in callers}
+    for request in [requests[0], *requests[: cfg.ablation_requests]]:
+        for name, each in callers.items():
+            made[name].append(ask(each, request, cfg))
+    written = [reply.written for reply in made["all"]]
+    return [
+        {
+            "techniques": name,
+            "call_p50_s": percentiles([reply.total_s for reply in replies[1:]])["p50"],  # the first warms up
+            "same_reply_fraction": float(np.mean([a.written == b for a, b in zip(replies, written, strict=True)][1:])),
+        }
+        for name, replies in made.items()
+    ]
 
 
 def prefill_tokens_per_s(caller: ToolCaller) -> float:

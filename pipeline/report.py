@@ -134,6 +134,11 @@ def markdown(found: dict[str, Any], faults: dict[str, str | None], best: str | N
             tables.outcome(found).to_markdown(disable_numparse=True),
             f"## Which tool was called ({scored['variant']}; rows: the right one)",
             tables.confusion(scored).to_markdown(disable_numparse=True),
+            "## What each technique brings (p50 of a whole call)",
+            tables.ablation(found).to_markdown(disable_numparse=True),
+            "The same requests in turn, one client; `same`: replies that are those with all techniques. "
+            "The grammar changes replies by design; what else differs is rounding: how many tokens a step has "
+            "decides how the quantized variants round.",
             "Replies of all variants side by side: [examples.md](examples.md).",
             "## How it was measured",
             f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB. A call is "

@@ -9,7 +9,7 @@ come, not which (the grammar apart, where the model would break a call's form):
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
@@ -48,6 +48,18 @@ class Techniques:
 PREFIXES = 8
 PLAIN = Techniques(PREFIXES, grammar=False, forced=False, draft_tokens=0)
 ALL = Techniques(PREFIXES, grammar=True, forced=True, draft_tokens=4)
+
+
+def ablations(use: Techniques) -> dict[str, Techniques]:
+    """`use` as it is, without each of its techniques, and without any. Those that need the grammar go with it."""
+    return {
+        "all": use,
+        "without prefix cache": replace(use, prefixes=0),
+        "without forced tokens": replace(use, forced=False),
+        "without drafts": replace(use, draft_tokens=0),
+        "without grammar": replace(use, grammar=False, forced=False, draft_tokens=0),
+        "none": Techniques(0, grammar=False, forced=False, draft_tokens=0),
+    }
 
 
 class Runtime(Protocol):

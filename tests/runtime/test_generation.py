@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.runtime.generation import ALL, PLAIN, Choice, NullRuntime, Prompt, Techniques, Token, generate
+from pipeline.runtime.generation import ALL, PLAIN, Choice, NullRuntime, Prompt, Techniques, Token, ablations, generate
 from pipeline.toolcall import compact
 from pipeline.toolcall.grammar import Grammar
 from pipeline.toolcall.tokenizer import Tokenizer
@@ -100,6 +100,15 @@ def test_grammar_makes_every_finished_call_fit_its_tool(tokenizer: Tokenizer, se
         assert call is not None
         tool = next(tool for tool in TOOLS if tool.name == call.name)
         assert tool.fault(call.arguments) is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ablations_leave_the_reply_as_it_is_where_the_grammar_stays(tokenizer: Tokenizer, seed: int) -> None:
+    found = {name: replies(tokenizer, use, seed) for name, use in ablations(ALL).items()}
+    expected, fewest = found["all"]
+    for name in ("without prefix cache", "without forced tokens", "without drafts"):
+        assert [token.id for token in found[name][0]] == [token.id for token in expected]
+    assert fewest < found["without forced tokens"][1]
 
 
 def test_some_random_calls_finish(tokenizer: Tokenizer) -> None:
