@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline import files
 from pipeline.runtime.generation import Row, Step
-from pipeline.runtime.ort import past_inputs, session_options
+from pipeline.runtime.ort import last_output, past_inputs, session_options
 from pipeline.runtime.recent import Recent
 
 HIDDEN = np.finfo(np.float32).min
@@ -113,7 +113,9 @@ class PackedRuntime:
             row.places = [new.get(place, place) for place in row.places]
         return end
 
-    def _run(self, tokens: list[int], positions: NDArray[Any], bias: NDArray[np.float32], keep: int) -> Any:
+    def _run(
+        self, tokens: list[int], positions: NDArray[Any], bias: NDArray[np.float32], keep: int
+    ) -> NDArray[np.float32]:
         binding = self._binding
         binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
         binding.bind_cpu_input("attention_mask", np.ascontiguousarray(self._mask[:, : bias.shape[1]]))
@@ -122,7 +124,7 @@ class PackedRuntime:
         binding.bind_cpu_input("keep", np.array([keep], np.int64))
         binding.bind_output("logits", "cpu")
         self._session.run_with_iobinding(binding)
-        return binding.get_outputs()[-1].numpy()[0]
+        return last_output(binding)[0]
 
 
 def _open(folder: Path, threads: int) -> onnxruntime.InferenceSession:
