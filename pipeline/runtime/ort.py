@@ -12,6 +12,7 @@ from pipeline import files
 from pipeline.runtime.generation import Ids
 from pipeline.runtime.recent import Recent
 
+BUFFER_TOKENS, SPARE_TOKENS = 2048, 32
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -105,15 +106,12 @@ class FusedRuntime:
     The prefix stays at the buffer's beginning from one request to the next; copies of the last few are kept beside it.
     """
 
-    BUFFER_TOKENS = 2048
-
     def __init__(self, folder: Path, device: str, threads: int, prefixes: int) -> None:
         self._session = open_session(folder / "model.onnx", device, threads)
-        limit = int(files.read_json(folder / "config.json")["max_position_embeddings"])
-        self.context_tokens = min(limit, self.BUFFER_TOKENS)
+        buffer_tokens, self.context_tokens = lengths(folder)
         self._past = {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.zeros((1, heads, self.context_tokens, size), np.float32), device
+                np.zeros((1, heads, buffer_tokens, size), np.float32), device
             )
             for name, (heads, size) in past_inputs(self._session).items()
         }
@@ -121,7 +119,7 @@ class FusedRuntime:
         for name, value in self._past.items():
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
-        self._mask = np.ones((1, self.context_tokens), np.int64)
+        self._mask = np.ones((1, buffer_tokens), np.int64)
         self._prefixes = Recent[tuple[int, ...], list[NDArray[Any]]](prefixes)
         self._prefix: tuple[int, ...] = ()
 
@@ -159,6 +157,13 @@ class FusedRuntime:
         binding.bind_output("logits", "cpu")
         self._session.run_with_iobinding(binding)
         return last_output(binding)[0]
+
+
+def lengths(folder: Path) -> tuple[int, int]:
+    """Of the KV buffer and of the context. Drafts may reach beyond the end of a reply, and so of the context."""
+    limit = int(files.read_json(folder / "config.json")["max_position_embeddings"])
+    buffer_tokens = min(limit, BUFFER_TOKENS)
+    return buffer_tokens, buffer_tokens - SPARE_TOKENS
 
 
 def last_output(binding: onnxruntime.IOBinding) -> NDArray[np.float32]:

@@ -14,30 +14,26 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from pipeline import files
 from pipeline.runtime.generation import Row, Step
-from pipeline.runtime.ort import last_output, past_inputs, session_options
+from pipeline.runtime.ort import last_output, lengths, past_inputs, session_options
 from pipeline.runtime.recent import Recent
 
 HIDDEN = np.finfo(np.float32).min
 
 
 class PackedRuntime:
-    BUFFER_TOKENS = 2048
-
     def __init__(self, folder: Path, threads: int, prefixes: int) -> None:
         self._session = _open(folder, threads)
-        limit = int(files.read_json(folder / "config.json")["max_position_embeddings"])
-        self.context_tokens = min(limit, self.BUFFER_TOKENS)
+        buffer_tokens, self.context_tokens = lengths(folder)
         self._binding = self._session.io_binding()
         self._buffers = []
         for name, (heads, size) in past_inputs(self._session).items():
-            buffer = np.zeros((1, heads, self.context_tokens, size), np.float32)
+            buffer = np.zeros((1, heads, buffer_tokens, size), np.float32)
             value = onnxruntime.OrtValue.ortvalue_from_numpy(buffer)  # shares its memory
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
             self._buffers.append(buffer)
-        self._mask = np.ones((1, self.context_tokens), np.int64)
+        self._mask = np.ones((1, buffer_tokens), np.int64)
         self._prefixes = Recent[tuple[int, ...], list[NDArray[np.float32]]](prefixes)
         self._prefix: tuple[int, ...] = ()
         self.rows: list[Row] = []

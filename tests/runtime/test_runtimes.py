@@ -1,5 +1,6 @@
 """Every runtime gives the logits of a plain forward pass, also after going back and with a kept prefix."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +26,21 @@ def tiny_onnx(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.fixture(params=["base", "onnx", "fused"])
-def folder(tiny_base: Path, tiny_fused: Path, request: pytest.FixtureRequest) -> Path:
-    found: Path = {"base": tiny_base, "fused": tiny_fused}.get(request.param) or request.getfixturevalue("tiny_onnx")
-    return found
+Load = Callable[[int], Runtime]
+
+
+@pytest.fixture(params=["base", "onnx", "fused", "together"])
+def load(tiny_base: Path, tiny_fused: Path, request: pytest.FixtureRequest) -> Load:
+    """Of a runtime, by the number of prefixes it keeps."""
+    folder = tiny_fused
+    if request.param in ("base", "onnx"):
+        folder = tiny_base if request.param == "base" else request.getfixturevalue("tiny_onnx")
+    return lambda prefixes: load_runtime(folder, "cpu", 1, prefixes, request.param == "together")
 
 
 @pytest.mark.parametrize("prefixes", [0, 1, 2])
-def test_steps_give_the_logits_of_a_plain_pass(folder: Path, prefixes: int, tiny_base: Path) -> None:
-    runtime: Runtime = load_runtime(folder, "cpu", 1, prefixes)
+def test_steps_give_the_logits_of_a_plain_pass(load: Load, prefixes: int, tiny_base: Path) -> None:
+    runtime = load(prefixes)
     for prefix in (PREFIX, OTHER, OTHER, PREFIX):
         expected = pytorch_logits(tiny_base, [[*prefix, *ASKED, *RIGHT]])[0]
         at = len(prefix)
@@ -45,11 +52,20 @@ def test_steps_give_the_logits_of_a_plain_pass(folder: Path, prefixes: int, tiny
         np.testing.assert_allclose(again, expected[-2:], atol=1e-4)
 
 
-def test_prefix_that_was_not_used_for_the_longest_is_dropped(folder: Path) -> None:
-    runtime = load_runtime(folder, "cpu", 1, prefixes=2)
+def test_prefix_that_was_not_used_for_the_longest_is_dropped(load: Load) -> None:
+    runtime = load(2)
     for prefix in (PREFIX, OTHER, PREFIX, ASKED):
         runtime.begin(prefix)
     assert [runtime.keeps(prefix) for prefix in (PREFIX, OTHER, ASKED)] == [True, False, True]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_drafts_may_reach_beyond_the_context(tiny_fused: Path, together: bool) -> None:
+    """A request that just fits failed where the last step had a draft: the buffer ended with the context."""
+    runtime = load_runtime(tiny_fused, "cpu", 1, together=together)
+    runtime.begin(PREFIX)
+    feed = [1] * (runtime.context_tokens - len(PREFIX))
+    assert runtime.step([*feed, *ASKED], len(PREFIX), 1 + len(ASKED)).shape[0] == 6
 
 
 @pytest.mark.parametrize("kind", ["base", "onnx"])
