@@ -115,7 +115,8 @@ class ToolCaller:
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         prefix, asked = self.encode(messages, tools, max_new_tokens)
-        return Prompt(prefix, asked, self.tokenizer.eos_token_id, prompt.request_text(messages), choice)
+        text = prompt.request_text(messages)
+        return Prompt(prefix, asked, self.tokenizer.eos_token_id, text, choice, max_new_tokens)
 
     def stream(self, prompted: Prompt, tools: tuple[Tool, ...], max_new_tokens: int) -> Iterator[Token]:
         """Token by token, the end token last unless cut off."""

@@ -1,12 +1,15 @@
-"""The decode loop, over every way to run the model: tokens in, tokens out, greedily.
+"""The decode loop, over every way to run the model: tokens in, tokens out.
 
 A tool call is short and mostly known beforehand. Three techniques use that; they change when tokens
 come, not which (the grammar apart, where the model would break a call's form):
 - the grammar holds a call to the tools' schemas;
 - tokens it forces are appended to the next step instead of being asked for one by one;
 - drafts copied from the request are checked in one step; so is the opening of a call, together with the prompt.
+
+A fourth makes calls right more often: of several calls the likeliest is made, not that of the likeliest next tokens.
 """
 
+import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +28,7 @@ Ids = NDArray[np.int64]
 class Token:
     id: int
     log_probability: float  # natural logarithm, under the model as it is (temperature 1); 0 where forced
-    changed: bool = False  # the grammar ruled out what the model would have chosen
+    changed: bool = False  # the grammar ruled out what the model would have chosen, or a likelier reply did
 
 
 @dataclass
@@ -36,18 +39,20 @@ class Techniques:
     grammar: bool
     forced: bool  # append what the grammar forces in one step
     draft_tokens: int  # at most this many copied from the request per step
+    alternatives: int  # at most this many calls are tried beside the greedy one, where the model is unsure
 
     def __post_init__(self) -> None:
-        for name in ("prefixes", "draft_tokens"):
+        for name in ("prefixes", "draft_tokens", "alternatives"):
             if getattr(self, name) < 0:
                 raise ValueError(f"techniques.{name} must be 0 or more, got {getattr(self, name)}")
-        if not self.grammar and (self.forced or self.draft_tokens):
-            raise ValueError("techniques.forced and techniques.draft_tokens need techniques.grammar")
+        if not self.grammar and (self.forced or self.draft_tokens or self.alternatives):
+            raise ValueError("techniques.forced, draft_tokens and alternatives need techniques.grammar")
 
 
 PREFIXES = 8
-PLAIN = Techniques(PREFIXES, grammar=False, forced=False, draft_tokens=0)
-ALL = Techniques(PREFIXES, grammar=True, forced=True, draft_tokens=4)
+PLAIN = Techniques(PREFIXES, grammar=False, forced=False, draft_tokens=0, alternatives=0)
+ALL = Techniques(PREFIXES, grammar=True, forced=True, draft_tokens=4, alternatives=4)
+SURE = math.log(0.98)  # a token that is likelier than that has no second choice worth trying
 
 
 def ablations(use: Techniques) -> dict[str, Techniques]:
@@ -57,8 +62,9 @@ def ablations(use: Techniques) -> dict[str, Techniques]:
         "without prefix cache": replace(use, prefixes=0),
         "without forced tokens": replace(use, forced=False),
         "without drafts": replace(use, draft_tokens=0),
-        "without grammar": replace(use, grammar=False, forced=False, draft_tokens=0),
-        "none": Techniques(0, grammar=False, forced=False, draft_tokens=0),
+        "without alternatives": replace(use, alternatives=0),
+        "without grammar": replace(use, grammar=False, forced=False, draft_tokens=0, alternatives=0),
+        "none": Techniques(0, grammar=False, forced=False, draft_tokens=0, alternatives=0),
     }
 
 
@@ -131,10 +137,11 @@ class Prompt:
     end: int  # the token that ends a reply
     text: str  # the request: what copied arguments are spans of
     choice: Choice = Choice.AUTO
+    max_new_tokens: int = 1_000_000  # of a reply
 
 
 def generate(runtime: Runtime, prompt: Prompt, grammar: Grammar | None, use: Techniques) -> Iterator[Token]:
-    """The greedy reply up to its end token; without one it goes on until the caller stops.
+    """The reply up to its end token, or cut at the prompt's max_new_tokens.
 
     Raises ValueError where a call is required and there is no grammar.
     """
@@ -165,41 +172,120 @@ class Step:
 
 
 class Decoding:
-    """One reply, a step of the model at a time."""
+    """One reply, a step of the model at a time.
+
+    With alternatives, of several calls the likeliest. Where the model was unsure of a token, its second choice is gone
+    on with too, as long as a call that begins so may be likelier than the best one so far; best-first search, where a
+    candidate is finished greedily. And text, where any text is likelier than that call. So a call is said when its end
+    is known; text comes token by token.
+    """
 
     def __init__(self, prompt: Prompt, grammar: Grammar | None, use: Techniques) -> None:
         """Raises ValueError as `generate` does."""
         self._prompt, self._use = prompt, use
-        self._reply = _Reply(prompt, grammar if use.grammar else None)
+        self._grammar = grammar if use.grammar else None
+        self._reply = _Reply(prompt, self._grammar, use)
+        self._forks: list[tuple[float, int, list[Token]]] = []  # what calls begin with, likeliest first; a heap
+        self._left = use.alternatives
+        self._best: list[Token] = []
+        self._cached: list[int] = []  # of the reply, in the KV cache
+        self._text: tuple[float, Token] | None = None  # log-probability of any text, and what the likeliest begins with
         required = self._reply.required()
         self.opening = [Token(found, 0.0) for found in required]  # whatever the model thinks
+        self._said = list(self.opening)  # in this candidate
+        self._told = len(self._said)  # of them, to who asked
         self.step: Step | None = Step(
-            [*prompt.asked, *required], self._reply.opening_draft(use), len(prompt.prefix)
+            [*prompt.asked, *required], self._reply.opening_draft(), len(prompt.prefix)
         )  # None: the reply has ended
         if self._reply.grammar_finished:  # the only tool, and it takes no arguments
-            self._end(self.opening)
+            self.opening.append(self._end())
 
     def read(self, step: Step, logits: NDArray[np.float32]) -> list[Token]:
         """What is said after `step`, whose `logits` (keep, vocabulary) these are; `self.step` is then the next."""
-        said: list[Token] = []
         for row, guess in zip(logits, [*step.draft, None], strict=True):
-            said.append(self._reply.choose(row))
-            if self._reply.finished:
-                self.step = None
-                return said
-            if said[-1].id != guess or self._reply.grammar_finished:
+            token = self._choose(row)
+            self._said.append(token)
+            if self._reply.finished or token.id != guess or self._reply.grammar_finished:
                 break
-        at = step.at + len(step.feed) + len(said) - 1
-        forced = self._reply.forced() if self._use.forced else []
-        self.step = Step([said[-1].id, *forced], self._reply.draft(self._use.draft_tokens), at)
-        said += [Token(found, 0.0) for found in forced]
-        if self._reply.grammar_finished:
-            self._end(said)
-        return said
+        self._cached = [token.id for token in self._said[:-1]]
+        self._go_on(len(self._cached))
+        if not self._use.alternatives or not self._reply.is_call:
+            return self._tell()
+        return [] if self.step else self._likeliest()
 
-    def _end(self, said: list[Token]) -> None:
-        said.append(Token(self._prompt.end, 0.0))
+    def _tell(self) -> list[Token]:
+        told, self._told = self._told, len(self._said)
+        return self._said[told:]
+
+    def _choose(self, logits: NDArray[np.float32]) -> Token:
+        first = not self._said and self._grammar is not None and self._left > 0
+        token, second = self._reply.choose(logits)
+        if first and self._grammar and token.id == self._grammar.opening[0]:
+            others = logits.copy()
+            others[token.id] = -np.inf
+            text = int(others.argmax())
+            self._text = (
+                math.log1p(-min(math.exp(token.log_probability), 1 - 1e-9)),
+                Token(text, _log_probability(logits, text), changed=True),
+            )
+        if second:
+            fork = [*self._said, second]
+            heapq.heappush(self._forks, (-_total(fork), len(self._forks), fork))
+        return token
+
+    def _go_on(self, fed: int) -> None:
+        """Set the next step, where the KV cache holds the first `fed` tokens of the reply."""
         self.step = None
+        if self._reply.finished:
+            return
+        if self._use.forced:
+            self._said += [Token(found, 0.0) for found in self._reply.forced()]
+        if self._reply.grammar_finished:
+            self._said.append(self._end())
+        elif len(self._said) < self._prompt.max_new_tokens:
+            at = len(self._prompt.prefix) + len(self._prompt.asked) + fed
+            feed = [token.id for token in self._said[fed:]]
+            self.step = Step(feed, self._reply.draft(self._use.draft_tokens), at)
+
+    def _likeliest(self) -> list[Token]:
+        """A call has ended: on to the next candidate, or the best is said."""
+        while True:
+            self._best = max(self._best or self._said, self._said, key=self._rank)
+            if not self._left or not self._forks or -self._forks[0][0] <= self._rank(self._best)[1]:
+                break
+            self._left -= 1
+            self._begin(heapq.heappop(self._forks)[-1])
+            if self.step:
+                return []
+        if self._text and self._text[0] > _total(self._best):
+            self._begin([self._text[1]])
+        else:
+            self._said, self.step = self._best, None
+        return self._tell()
+
+    def _rank(self, said: list[Token]) -> tuple[bool, float]:
+        """A call that was cut is worth less than any whole one."""
+        whole = bool(said) and said[-1].id == self._prompt.end
+        return whole, _total(said) if whole else -math.inf
+
+    def _begin(self, said: list[Token]) -> None:
+        """Go on with a reply that begins so."""
+        ids = [token.id for token in said]
+        fed = 0
+        while fed < min(len(ids) - 1, len(self._cached)) and ids[fed] == self._cached[fed]:
+            fed += 1
+        self._reply = _Reply(self._prompt, self._grammar, self._use)
+        self._reply.take(ids)
+        self._said = said
+        self._go_on(fed)
+
+    def _end(self) -> Token:
+        self.step = None
+        return Token(self._prompt.end, 0.0)
+
+
+def _total(said: Sequence[Token]) -> float:
+    return sum(token.log_probability for token in said)
 
 
 def generate_together(
@@ -233,8 +319,8 @@ def generate_together(
 class _Reply:
     """What has been said so far, and who holds it."""
 
-    def __init__(self, prompt: Prompt, grammar: Grammar | None) -> None:
-        self._prompt, self._grammar = prompt, grammar
+    def __init__(self, prompt: Prompt, grammar: Grammar | None, use: Techniques) -> None:
+        self._prompt, self._grammar, self._use = prompt, grammar, use
         self._guide: Guide | None = None
         self.tokens: list[int] = []
 
@@ -246,36 +332,56 @@ class _Reply:
     def grammar_finished(self) -> bool:
         return self._guide is not None and self._guide.finished
 
+    @property
+    def is_call(self) -> bool:
+        """Or may become one."""
+        opening = self._grammar.opening if self._grammar else []
+        return bool(opening) and self.tokens[: len(opening)] == opening[: len(self.tokens)]
+
     def required(self) -> list[int]:
         """What the reply begins with, whatever the model thinks."""
         if self._prompt.choice != Choice.REQUIRED:
             return []
         if self._grammar is None:
             raise ValueError("a call is required, but without tools or their grammar none can be")
-        self._take(self._grammar.opening)
+        self.take(self._grammar.opening)
         return self._grammar.opening
 
-    def opening_draft(self, use: Techniques) -> list[int]:
-        if self._grammar is None or not use.forced or self._prompt.choice != Choice.AUTO:
+    def opening_draft(self) -> list[int]:
+        if self._grammar is None or not self._use.forced or self._prompt.choice != Choice.AUTO:
             return []
         return self._grammar.opening
 
-    def choose(self, logits: NDArray[np.float32]) -> Token:
+    def choose(self, logits: NDArray[np.float32]) -> tuple[Token, Token | None]:
+        """The likeliest token that may come next, and the second where the model is unsure."""
         if self._prompt.choice == Choice.NONE and self._grammar and not self.tokens:
             logits = logits.copy()
             logits[self._grammar.opening[0]] = -np.inf
-        if self._guide:
-            best = self._guide.best(logits)
-            token = Token(best, _log_probability(logits, best), self._guide.changed)
-        else:
+        second = None
+        if not self._guide:
             token = greedy(logits)
-        self._take([token.id])
-        return token
+        elif not self._use.forced and (forced := self._guide.forced()):
+            token = Token(forced[0], 0.0)
+        else:
+            token = self._best(logits)
+            if self._use.alternatives and token.log_probability < SURE:
+                others = logits.copy()
+                others[token.id] = -np.inf
+                found = self._best(others)
+                if found.log_probability > -math.inf:  # else no other is allowed
+                    second = Token(found.id, _log_probability(logits, found.id), changed=True)
+        self.take([token.id])
+        return token, second
+
+    def _best(self, logits: NDArray[np.float32]) -> Token:
+        assert self._guide
+        best, changed = self._guide.best(logits)
+        return Token(best, _log_probability(logits, best), changed)
 
     def forced(self) -> list[int]:
         found = self._guide.forced() if self._guide else []
         if found:
-            self._take(found)
+            self.take(found)
         return found
 
     def draft(self, n: int) -> list[int]:
@@ -288,13 +394,14 @@ class _Reply:
                     return asked[start + length : start + length + n]
         return []
 
-    def _take(self, tokens: list[int]) -> None:
-        self.tokens += tokens
-        if self._guide:
-            self._guide.accept(tokens)
-        elif self._grammar and self.tokens == self._grammar.opening:
-            self._guide = self._grammar.start(self._prompt.text)
-            self._guide.accept(self.tokens)
+    def take(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self.tokens.append(token)
+            if self._guide:
+                self._guide.accept([token])
+            elif self._grammar and self.tokens == self._grammar.opening:
+                self._guide = self._grammar.start(self._prompt.text)
+                self._guide.accept(self.tokens)
 
 
 def greedy(logits: NDArray[np.float32]) -> Token:
