@@ -9,7 +9,6 @@ come, not which (the grammar apart, where the model would break a call's form):
 A fourth makes calls right more often: of several calls the likeliest is made, not that of the likeliest next tokens.
 """
 
-import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -185,7 +184,7 @@ class Decoding:
         self._prompt, self._use = prompt, use
         self._grammar = grammar if use.grammar else None
         self._reply = _Reply(prompt, self._grammar, use)
-        self._forks: list[tuple[float, int, list[Token]]] = []  # what calls begin with, likeliest first; a heap
+        self._forks: list[list[Token]] = []  # what other calls begin with
         self._left = use.alternatives
         self._best: list[Token] = []
         self._cached: list[int] = []  # of the reply, in the KV cache
@@ -229,8 +228,7 @@ class Decoding:
                 Token(text, _log_probability(logits, text), changed=True),
             )
         if second:
-            fork = [*self._said, second]
-            heapq.heappush(self._forks, (-_total(fork), len(self._forks), fork))
+            self._forks.append([*self._said, second])
         return token
 
     def _go_on(self, fed: int) -> None:
@@ -251,10 +249,12 @@ class Decoding:
         """A call has ended: on to the next candidate, or the best is said."""
         while True:
             self._best = max(self._best or self._said, self._said, key=self._rank)
-            if not self._left or not self._forks or -self._forks[0][0] <= self._rank(self._best)[1]:
+            fork = max(self._forks, key=_total, default=None)
+            if not self._left or fork is None or _total(fork) <= self._rank(self._best)[1]:
                 break
             self._left -= 1
-            self._begin(heapq.heappop(self._forks)[-1])
+            self._forks.remove(fork)
+            self._begin(fork)
             if self.step:
                 return []
         if self._text and self._text[0] > _total(self._best):
@@ -363,20 +363,15 @@ class _Reply:
         elif not self._use.forced and (forced := self._guide.forced()):
             token = Token(forced[0], 0.0)
         else:
-            token = self._best(logits)
+            token = _best(self._guide, logits)
             if self._use.alternatives and token.log_probability < SURE:
                 others = logits.copy()
                 others[token.id] = -np.inf
-                found = self._best(others)
+                found = _best(self._guide, others)
                 if found.log_probability > -math.inf:  # else no other is allowed
                     second = Token(found.id, _log_probability(logits, found.id), changed=True)
         self.take([token.id])
         return token, second
-
-    def _best(self, logits: NDArray[np.float32]) -> Token:
-        assert self._guide
-        best, changed = self._guide.best(logits)
-        return Token(best, _log_probability(logits, best), changed)
 
     def forced(self) -> list[int]:
         found = self._guide.forced() if self._guide else []
@@ -402,6 +397,11 @@ class _Reply:
             elif self._grammar and self.tokens == self._grammar.opening:
                 self._guide = self._grammar.start(self._prompt.text)
                 self._guide.accept(self.tokens)
+
+
+def _best(guide: Guide, logits: NDArray[np.float32]) -> Token:
+    best, changed = guide.best(logits)
+    return Token(best, _log_probability(logits, best), changed)
 
 
 def greedy(logits: NDArray[np.float32]) -> Token:
@@ -438,5 +438,5 @@ class NullRuntime:
         logits = np.zeros((keep, self._vocabulary), np.float32)
         first = at + len(tokens) - keep + 1 - self._prompt_end
         for row in range(keep):
-            logits[row, self._reply[min(first + row, len(self._reply) - 1)]] = 1.0
+            logits[row, self._reply[min(first + row, len(self._reply) - 1)]] = 30.0  # it is sure
         return logits
