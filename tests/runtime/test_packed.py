@@ -18,7 +18,7 @@ TEXTS = [f"Read src/file{number}.py from line {number}, {'please ' * number}" fo
 
 
 def asked(text: str, **more: Any) -> Asked:
-    given = {"tools": (), "choice": Choice.REQUIRED, "max_new_tokens": 40, "stream": False} | more
+    given: dict[str, Any] = {"tools": (), "choice": Choice.REQUIRED, "max_new_tokens": 40, "stream": False} | more
     return Asked(({"role": "user", "content": text},), **given)
 
 
