@@ -4,6 +4,7 @@ Reads the variant's model and data/prepared/test.jsonl; writes reports/benchmark
 the raw samples beside it. Variants are compared within one run on one machine.
 """
 
+import asyncio
 import logging
 import random
 import resource
@@ -22,14 +23,15 @@ from pipeline import config, files
 from pipeline.bench.load import serve
 from pipeline.bench.statistics import percentiles
 from pipeline.provenance import provenance
-from pipeline.runtime.caller import Reply, ToolCaller
-from pipeline.runtime.generation import ALL, PLAIN, NullRuntime
+from pipeline.runtime.caller import Reply, ToolCaller, load_runtime
+from pipeline.runtime.generation import PLAIN, Choice, NullRuntime, Techniques, ablations
+from pipeline.serving.engine import Asked, Engine
 from pipeline.toolcall.conversation import Request, parse_request
 
 log = logging.getLogger(__name__)
 
 FOLDERS = {"torch-fp32": "tuned", "onnx-fp32": "onnx", "fused-fp32": "fused", "int8": "int8", "int4": "int4"}
-TECHNIQUES = {"torch-fp32": PLAIN, "onnx-fp32": PLAIN, "fused-fp32": ALL, "int8": ALL, "int4": ALL}
+HELD = ("fused-fp32", "int8", "int4")  # by the grammar, with all techniques; the others answer as they are
 PREFILL_TOKENS = 256
 
 
@@ -42,6 +44,8 @@ class BenchmarkConfig:
     min_s: float  # whole passes over them are made until this time is reached
     concurrency: list[int]
     calls_per_client: int
+    together: int  # of many clients' requests, answered at a time where the runtime can
+    ablation_requests: int  # of them, to measure the effect of each technique with
     max_new_tokens: int
 
     def __post_init__(self) -> None:
@@ -51,6 +55,8 @@ class BenchmarkConfig:
         config.require_range("benchmark.requests", self.requests, 1, 1_000_000)
         config.require_range("benchmark.min_s", self.min_s, 0, 86_400)
         config.require_range("benchmark.calls_per_client", self.calls_per_client, 1, 1000)
+        config.require_range("benchmark.together", self.together, 1, 64)
+        config.require_range("benchmark.ablation_requests", self.ablation_requests, 1, 1_000_000)
         config.require_range("benchmark.max_new_tokens", self.max_new_tokens, 2, 100_000)
         for clients in self.concurrency:
             config.require_range("benchmark.concurrency", clients, 1, 10_000)
@@ -60,25 +66,37 @@ class BenchmarkConfig:
 class Params:
     paths: config.Paths
     variant: str
+    techniques: Techniques
     benchmark: BenchmarkConfig
 
     def __post_init__(self) -> None:
         config.require_one_of("variant", self.variant, list(FOLDERS))
 
 
-def run(paths: config.Paths, requests_file: Path, report: Path, variant: str, cfg: BenchmarkConfig) -> Any:
+def run(paths: config.Paths, report: Path, variant: str, techniques: Techniques, cfg: BenchmarkConfig) -> Any:
+    requests_file = paths.prepared / "test.jsonl"
     device = choose_device(cfg.device)
     requests = [parse_request(value, (), where) for where, value in files.read_spread(requests_file, cfg.requests)]
     random.Random(0).shuffle(requests)
     folder = paths.models / FOLDERS[variant]
     start = time.perf_counter()
-    caller = ToolCaller.load(folder, paths.tools, device, cfg.threads, TECHNIQUES[variant])
+    caller = ToolCaller.load(folder, paths.tools, device, cfg.threads, techniques if variant in HELD else PLAIN)
     load_s = time.perf_counter() - start
     log.info("%s on %s", variant, device)
     for request in requests[: cfg.warmup_calls]:
         ask(caller, request, cfg)
     made = one_client(caller, requests, cfg)
-    by_concurrency = [many_clients(caller, requests, clients, cfg) for clients in cfg.concurrency]
+    peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the model is loaded again
+    together = cfg.together if variant in HELD and device == "cpu" else 1
+    engine = Engine(
+        lambda: ToolCaller.load(folder, paths.tools, device, cfg.threads, caller.techniques, together > 1),
+        max(cfg.concurrency),
+        caller.runtime.context_tokens,
+        together,
+    )
+    engine.wait_until_loaded()
+    by_concurrency = [many_clients(engine, requests, clients, cfg) for clients in cfg.concurrency]
+    engine.stop()
     decode = sum(reply.new_tokens - 1 for reply in made) / sum(reply.total_s - reply.first_token_s for reply in made)
     weights = sum(p.stat().st_size for p in [*folder.glob("model.onnx*"), *folder.glob("*.safetensors")])
     metrics: dict[str, Any] = {
@@ -86,7 +104,7 @@ def run(paths: config.Paths, requests_file: Path, report: Path, variant: str, cf
         "device": device,
         "model_bytes": weights,
         "load_s": load_s,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss_bytes,
         "gpu_peak_bytes": None,
         "gpu_utilisation_fraction": None,
         "calls": len(made),
@@ -98,9 +116,10 @@ def run(paths: config.Paths, requests_file: Path, report: Path, variant: str, cf
         "bandwidth_fraction": decode * weights / read_bandwidth_bytes_per_s(cfg.threads),
         "harness_call_s": harness_call_s(caller, requests[0], cfg),
         "by_concurrency": by_concurrency,
+        "ablation": ablation(caller, folder, device, requests, cfg) if variant in HELD else [],
     }
     files.write_json(report.with_suffix(".samples.json"), {"call_s": [reply.total_s for reply in made]})
-    files.write_json(report, metrics | {"provenance": provenance(cfg)})
+    files.write_json(report, metrics | {"provenance": provenance((techniques, cfg))})
     log.info("%s: p50 %.0f ms over %d calls", variant, 1e3 * metrics["call_s"]["p50"], len(made))
     return metrics
 
@@ -135,14 +154,16 @@ def harness_call_s(caller: ToolCaller, request: Request, cfg: BenchmarkConfig) -
     return percentiles([ask(null, request, cfg).total_s for _ in range(100)])["p50"]
 
 
-def many_clients(caller: ToolCaller, requests: list[Request], clients: int, cfg: BenchmarkConfig) -> dict[str, Any]:
-    """Requests wait for their turn: until there is batching, the model answers one at a time."""
+def many_clients(engine: Engine, requests: list[Request], clients: int, cfg: BenchmarkConfig) -> dict[str, Any]:
+    """Through the server's engine, without HTTP."""
     new_tokens: list[int] = []
 
-    def answer(number: int) -> None:
-        new_tokens.append(ask(caller, requests[number % len(requests)], cfg).new_tokens)
+    async def answer(number: int) -> None:
+        request = requests[number % len(requests)]
+        asked = Asked(tuple(request.messages), request.tools, Choice.AUTO, cfg.max_new_tokens, stream=False)
+        new_tokens.append((await engine.whole(asked)).new_tokens)
 
-    served = serve(answer, clients, max(clients * cfg.calls_per_client, len(requests)))
+    served = asyncio.run(serve(answer, clients, max(clients * cfg.calls_per_client, len(requests))))
     found = percentiles(served.call_s)
     return {
         "concurrency": clients,
@@ -152,6 +173,30 @@ def many_clients(caller: ToolCaller, requests: list[Request], clients: int, cfg:
         "p95_s": found["p95"],
         "error_fraction": served.errors / (served.errors + len(served.call_s)),
     }
+
+
+def ablation(
+    caller: ToolCaller, folder: Path, device: str, requests: list[Request], cfg: BenchmarkConfig
+) -> list[dict[str, Any]]:
+    """Calls without each technique, each request asked in all ways before the next, so that the machine is the same."""
+    uncached = load_runtime(folder, device, cfg.threads, prefixes=0)
+    callers = {
+        name: ToolCaller(caller.runtime if use.prefixes else uncached, caller.tokenizer, caller.tools, use)
+        for name, use in ablations(caller.techniques).items()
+    }
+    made: dict[str, list[Reply]] = {name: [] for name in callers}
+    for request in [requests[0], *requests[: cfg.ablation_requests]]:
+        for name, each in callers.items():
+            made[name].append(ask(each, request, cfg))
+    written = [reply.written for reply in made["all"]]
+    return [
+        {
+            "techniques": name,
+            "call_p50_s": percentiles([reply.total_s for reply in replies[1:]])["p50"],  # the first warms up
+            "same_reply_fraction": float(np.mean([a.written == b for a, b in zip(replies, written, strict=True)][1:])),
+        }
+        for name, replies in made.items()
+    ]
 
 
 def prefill_tokens_per_s(caller: ToolCaller) -> float:
@@ -187,7 +232,7 @@ def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     paths = params.paths
     report = paths.reports / "benchmark" / f"{params.variant}.json"
-    run(paths, paths.prepared / "test.jsonl", report, params.variant, params.benchmark)
+    run(paths, report, params.variant, params.techniques, params.benchmark)
 
 
 if __name__ == "__main__":

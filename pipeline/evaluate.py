@@ -20,7 +20,7 @@ from pipeline.bench.accuracy import Answer, measures, row
 from pipeline.bench.statistics import mcnemar_p
 from pipeline.provenance import provenance
 from pipeline.runtime.caller import ToolCaller
-from pipeline.runtime.generation import ALL, PLAIN, RowsRuntime, generate_together
+from pipeline.runtime.generation import PLAIN, RowsRuntime, Techniques, generate_together
 from pipeline.toolcall import reply as replies
 from pipeline.toolcall import score
 from pipeline.toolcall.conversation import Request, parse_request
@@ -39,7 +39,7 @@ FOLDERS = {
     "int4": "int4",
 }
 KEYWORD = "keyword"
-HELD = ("fused-fp32", "int8", "int4")  # by the grammar; the others answer as they are, without any technique
+HELD = ("fused-fp32", "int8", "int4")  # by the grammar, with all techniques; the others answer as they are
 BATCH = 16  # requests that are answered together where the runtime can
 REFERENCE = "fused-fp32"  # quantized variants are compared with it, request by request
 
@@ -62,22 +62,22 @@ class EvaluateConfig:
 class Params:
     paths: config.Paths
     variant: str
+    techniques: Techniques
     evaluate: EvaluateConfig
 
     def __post_init__(self) -> None:
         config.require_one_of("variant", self.variant, [*FOLDERS, KEYWORD])
 
 
-def run(paths: config.Paths, out: Path, variant: str, cfg: EvaluateConfig) -> dict[str, Any]:
+def run(paths: config.Paths, out: Path, variant: str, techniques: Techniques, cfg: EvaluateConfig) -> dict[str, Any]:
     tools = parse_tools(files.read_json(paths.tools), str(paths.tools))
     read = files.read_spread(cfg.requests, cfg.base_requests) if variant == BASE else files.read_jsonl(cfg.requests)
     requests = [parse_request(value, tools, where) for where, value in read]
     if not requests:
         raise ValueError(f"{cfg.requests}: holds no request")
     log.info("%s: %d requests", variant, len(requests))
-    rows = [
-        row(request, answer) for request, answer in zip(requests, answers(paths, variant, requests, cfg), strict=True)
-    ]
+    made = answers(paths, variant, requests, techniques if variant in HELD else PLAIN, cfg)
+    rows = [row(request, answer) for request, answer in zip(requests, made, strict=True)]
     replies_file = out.with_suffix(".replies.jsonl")
     metrics = {"variant": variant, **measures(requests, rows)}
     reference = out.with_name(f"{REFERENCE}.replies.jsonl")
@@ -86,17 +86,18 @@ def run(paths: config.Paths, out: Path, variant: str, cfg: EvaluateConfig) -> di
     if variant in ("int8", "int4"):
         metrics["mcnemar_p_vs_fp32"] = compare(reference, rows)
     files.write_jsonl(replies_file, rows)
-    files.write_json(out, metrics | {"provenance": provenance(cfg)})
+    files.write_json(out, metrics | {"provenance": provenance((techniques, cfg))})
     log.info("%s: %.1f%% exact", variant, 100 * metrics["exact_call_fraction"])
     return metrics
 
 
-def answers(paths: config.Paths, variant: str, requests: Sequence[Request], cfg: EvaluateConfig) -> list[Answer]:
+def answers(
+    paths: config.Paths, variant: str, requests: Sequence[Request], techniques: Techniques, cfg: EvaluateConfig
+) -> list[Answer]:
     if variant == KEYWORD:
         rules = parse_rules(files.read_json(paths.tools.with_name("keywords.json")))
         calls = [keyword_call(request.messages[-1]["content"], rules) for request in requests]
         return [Answer(replies.write_call(call) if call else "") for call in calls]
-    techniques = ALL if variant in HELD else PLAIN
     caller = ToolCaller.load(paths.models / FOLDERS[variant], paths.tools, threads=cfg.threads, techniques=techniques)
     if techniques == PLAIN and isinstance(caller.runtime, RowsRuntime):
         return together(caller, caller.runtime, requests, cfg)
@@ -151,7 +152,7 @@ def different(other: Path, rows: Sequence[dict[str, Any]]) -> list[str] | None:
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     default = params.paths.reports / "evaluate" / f"{params.variant}.json"
-    run(params.paths, params.evaluate.out or default, params.variant, params.evaluate)
+    run(params.paths, params.evaluate.out or default, params.variant, params.techniques, params.evaluate)
 
 
 if __name__ == "__main__":

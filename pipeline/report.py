@@ -134,12 +134,18 @@ def markdown(found: dict[str, Any], faults: dict[str, str | None], best: str | N
             tables.outcome(found).to_markdown(disable_numparse=True),
             f"## Which tool was called ({scored['variant']}; rows: the right one)",
             tables.confusion(scored).to_markdown(disable_numparse=True),
+            "## What each technique brings (p50 of a whole call)",
+            tables.ablation(found).to_markdown(disable_numparse=True),
+            "The same requests in turn, one client; `same`: replies that are those with all techniques. "
+            "The grammar changes replies by design; what else differs is rounding: how many tokens a step has "
+            "decides how the quantized variants round.",
             "Replies of all variants side by side: [examples.md](examples.md).",
             "## How it was measured",
             f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB. A call is "
             "request in to parsed call out, greedy, with the tools' prefix cached; each variant in a process of "
             f"its own, all in one run. Of a call {1e3 * bench['harness_call_s']:.1f} ms are not the model's (measured "
-            "with a runtime whose tokens are known beforehand). Clients wait their turn: there is no batching yet. "
+            "with a runtime whose tokens are known beforehand). A fused graph on the CPU decodes several clients' "
+            "requests together; elsewhere they wait their turn. "
             f"{BASELINE} and onnx-fp32 decode token by token; the others hold a call to the tools' grammar, append "
             "what it forces in one step, and check drafts copied from the request. "
             f"Training: {found['train']['train_requests']} requests, {found['train']['train_s'] / 60:.0f} minutes, "

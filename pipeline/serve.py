@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from pipeline import config
 from pipeline.runtime.caller import ToolCaller
+from pipeline.runtime.generation import Techniques
 from pipeline.serving.app import Limits, Server
 from pipeline.serving.engine import Engine
 
@@ -37,6 +38,7 @@ class ServeConfig:
     threads: int
     max_new_tokens: int
     tool_result_tokens: int  # longer results of tools are cut
+    together: int  # requests answered at a time; more than 1 needs a fused model on the CPU
     queue_length: int  # requests that may wait; more are refused
     body_bytes: int
     read_timeout_s: float
@@ -50,6 +52,7 @@ class ServeConfig:
         config.require_range("serve.threads", self.threads, 1, 1024)
         config.require_range("serve.max_new_tokens", self.max_new_tokens, 1, 100_000)
         config.require_range("serve.tool_result_tokens", self.tool_result_tokens, 1, 1_000_000)
+        config.require_range("serve.together", self.together, 1, 64)
         config.require_range("serve.queue_length", self.queue_length, 1, 1_000_000)
         config.require_range("serve.body_bytes", self.body_bytes, 1, 2**32)
         for name in ("read", "request", "drain"):
@@ -59,6 +62,7 @@ class ServeConfig:
 @dataclass
 class Params:
     paths: config.Paths
+    techniques: Techniques
     serve: ServeConfig
 
 
@@ -94,11 +98,11 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def run(tools: Path, cfg: ServeConfig, api_key: str | None) -> None:
+def run(tools: Path, techniques: Techniques, cfg: ServeConfig, api_key: str | None) -> None:
     """Raises ValueError for an address that others reach, without a key."""
     if not is_loopback(cfg.host) and not api_key:
         raise ValueError(f"serve.host is {cfg.host}, which others can reach: set {KEY} to a key that clients must send")
-    engine = start_engine(tools, cfg)
+    engine = start_engine(tools, techniques, cfg)
     limits = Limits(cfg.body_bytes, cfg.read_timeout_s, cfg.request_timeout_s, cfg.max_new_tokens)
     server = Server(engine, cfg.name, limits, api_key, cfg.log_contents)
     settings = uvicorn.Config(
@@ -108,14 +112,16 @@ def run(tools: Path, cfg: ServeConfig, api_key: str | None) -> None:
     DrainingServer(settings, server, cfg.drain_timeout_s).run()
 
 
-def start_engine(tools: Path, cfg: ServeConfig) -> Engine:
+def start_engine(tools: Path, techniques: Techniques, cfg: ServeConfig) -> Engine:
     """An engine that has loaded serve.model. `tools`: their file, where the folder brings none."""
     own = cfg.model / "tools.json"
 
     def load() -> ToolCaller:
-        return ToolCaller.load(cfg.model, own if own.exists() else tools, cfg.device, cfg.threads)
+        return ToolCaller.load(
+            cfg.model, own if own.exists() else tools, cfg.device, cfg.threads, techniques, cfg.together > 1
+        )
 
-    engine = Engine(load, cfg.queue_length, cfg.tool_result_tokens)
+    engine = Engine(load, cfg.queue_length, cfg.tool_result_tokens, cfg.together)
     engine.wait_until_loaded()
     return engine
 
@@ -130,7 +136,7 @@ def is_loopback(host: str) -> bool:
 @hydra.main(version_base="1.3", config_path="..", config_name="params")
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
-    run(params.paths.tools, params.serve, os.environ.get(KEY))
+    run(params.paths.tools, params.techniques, params.serve, os.environ.get(KEY))
 
 
 if __name__ == "__main__":

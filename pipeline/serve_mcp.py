@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from pydantic import BaseModel
 
 from pipeline import config
-from pipeline.runtime.generation import Choice
+from pipeline.runtime.generation import Choice, Techniques
 from pipeline.serve import KEY, ServeConfig, is_loopback, start_engine
 from pipeline.serving.engine import Asked, Engine
 from pipeline.toolcall.reply import parse_call
@@ -38,6 +38,7 @@ class McpConfig:
 @dataclass
 class Params:
     paths: config.Paths
+    techniques: Techniques
     serve: ServeConfig
     mcp: McpConfig
 
@@ -76,7 +77,8 @@ def run(params: Params) -> None:
         raise ValueError(
             f"serve.host is {params.serve.host}: MCP is served on loopback only, {KEY} is not checked here"
         )
-    server = build(start_engine(params.paths.tools, params.serve), params.serve.max_new_tokens)
+    engine = start_engine(params.paths.tools, params.techniques, params.serve)
+    server = build(engine, params.serve.max_new_tokens)
     if params.mcp.transport == "stdio":
         server.run("stdio")
     else:

@@ -147,7 +147,7 @@ def main(raw: DictConfig) -> tuple[float, float, float] | None:
     """What Hydra's Optuna sweeper is given to optimise: exact calls, seconds, bytes; None where a trial failed."""
     params = config.load(raw, Params)
     settings: Any = OmegaConf.to_container(raw, resolve=True)
-    read = {name: settings[name] for name in ("quantize", "evaluate", "benchmark")}
+    read = {name: settings[name] for name in ("quantize", "techniques", "evaluate", "benchmark")}
     read["quantize"] = {key: value for key, value in read["quantize"].items() if key not in ("int8", "int4")} | {
         params.variant: read["quantize"][params.variant]
     }

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import benchmark, config, prepare, quantize, train
+from pipeline.runtime.generation import ALL
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,11 +30,17 @@ def load(schema: type, *changes: str) -> object:
         (quantize.Params, "quantize.int8.bits=5", r"bits must be one of \[4, 8\], got 5"),
         (quantize.Params, "variant=int3", r"variant must be one of \['int8', 'int4'\], got 'int3'"),
         (benchmark.Params, "benchmark.device=tpu", "benchmark.device must be one of"),
+        (benchmark.Params, "techniques.prefixes=-1", "techniques.prefixes must be 0 or more, got -1"),
+        (benchmark.Params, "techniques.grammar=false", "techniques.forced, draft_tokens and alternatives need"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_is_allowed(schema: type, change: str, message: str) -> None:
     with pytest.raises((ValueError, OmegaConfBaseException), match=message):
         load(schema, change)
+
+
+def test_techniques_of_params_are_those_of_the_python_api() -> None:
+    assert config.load(OmegaConf.load(ROOT / "params.yaml"), benchmark.Params).techniques == ALL  # type: ignore[arg-type]
 
 
 def test_an_absent_setting_is_named() -> None:

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.bench.tables import ablation
 from pipeline.report import ReportConfig, fault, recommend
 
 CFG = ReportConfig(max_loss_fraction=0.02, significance=0.05, min_exact_fraction=0.5, gate=False, against=None)
@@ -31,3 +32,12 @@ def test_the_fastest_without_a_fault_is_recommended() -> None:
     }
     assert recommend(found, {"int4": "lost", "int8": None, "fused-fp32": None}) == "int8"
     assert recommend(found, {"int4": "lost", "int8": "lost", "fused-fp32": "lost"}) is None
+
+
+def test_ablation_table_has_a_column_for_each_variant_with_techniques() -> None:
+    rows = [
+        {"techniques": "all", "call_p50_s": 0.1, "same_reply_fraction": 1.0},
+        {"techniques": "without drafts", "call_p50_s": 0.15, "same_reply_fraction": 0.5},
+    ]
+    table = ablation({"benchmark": {"torch-fp32": {"ablation": []}, "int8": {"ablation": rows}}})
+    assert table.to_dict() == {"int8": {"all": "100 ms, 1.00x, 100% same", "without drafts": "150 ms, 1.50x, 50% same"}}

@@ -4,11 +4,12 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import binomtest
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """95% confidence interval of a rate. Wilson (1927), without continuity correction."""
+    from scipy.stats import binomtest  # 70 MB, which the benchmark would count as the model's
+
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"no interval for {successes} of {n}")
     found = binomtest(successes, n).proportion_ci(0.95, method="wilson")
@@ -17,6 +18,8 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 
 def mcnemar_p(one: Sequence[bool], other: Sequence[bool]) -> float:
     """Two-sided exact McNemar test: how likely so unequal a share of disagreements is by chance."""
+    from scipy.stats import binomtest
+
     pairs = list(zip(one, other, strict=True))
     gained = sum(b and not a for a, b in pairs)
     lost = sum(a and not b for a, b in pairs)

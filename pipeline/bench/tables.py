@@ -76,6 +76,19 @@ def confusion(scored: dict[str, Any]) -> pd.DataFrame:
     return table[sorted(table.columns)]
 
 
+def ablation(found: dict[str, Any]) -> pd.DataFrame:
+    """p50 of a call with and without each technique, and how many replies stay as they are with all."""
+
+    def cell(row: dict[str, Any], p50_s: float) -> str:
+        times = f"{row['call_p50_s'] / p50_s:.2f}x"
+        return f"{1e3 * row['call_p50_s']:.0f} ms, {times}, {row['same_reply_fraction']:.0%} same"
+
+    columns = {name: bench["ablation"] for name, bench in found["benchmark"].items() if bench["ablation"]}
+    return pd.DataFrame(
+        {name: {row["techniques"]: cell(row, rows[0]["call_p50_s"]) for row in rows} for name, rows in columns.items()}
+    )
+
+
 def examples(folder: Path, variants: Sequence[str]) -> str:
     """Every test request that not all variants answer right, with each one's reply; then the ids of the rest."""
     replies = {name: [row for _, row in files.read_jsonl(folder / f"{name}.replies.jsonl")] for name in variants}

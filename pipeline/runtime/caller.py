@@ -14,8 +14,9 @@ from itertools import islice
 from pathlib import Path
 
 from pipeline import files
-from pipeline.runtime.generation import ALL, Choice, Prompt, Runtime, Techniques, Token, generate
+from pipeline.runtime.generation import ALL, PREFIXES, Choice, Decoding, Prompt, Runtime, Techniques, Token, generate
 from pipeline.runtime.manifest import check_manifest
+from pipeline.runtime.recent import Recent
 from pipeline.toolcall import compact, prompt
 from pipeline.toolcall.conversation import Message
 from pipeline.toolcall.grammar import Grammar
@@ -47,8 +48,8 @@ class ToolCaller:
         self, runtime: Runtime, tokenizer: Tokenizer, tools: tuple[Tool, ...], techniques: Techniques = ALL
     ) -> None:
         self.runtime, self.tokenizer, self.tools, self.techniques = runtime, tokenizer, tools, techniques
-        self._prefixes: dict[str, list[int]] = {}
-        self._grammars: dict[str, Grammar] = {}
+        lists = max(1, techniques.prefixes)
+        self._prefixes, self._grammars = Recent[str, list[int]](lists), Recent[str, Grammar](lists)
 
     @classmethod
     def load(
@@ -58,8 +59,9 @@ class ToolCaller:
         device: str = "cpu",
         threads: int = 2,
         techniques: Techniques = ALL,
+        together: bool = False,
     ) -> "ToolCaller":
-        """`tools`: their file; without it, the one in `folder` or else data/tools.json.
+        """`tools`: their file; without it, the one in `folder` or else data/tools.json. `together`: for an Engine.
 
         Raises FileNotFoundError where `folder` holds no model that a stage of this project wrote, ValueError where
         a released one was changed.
@@ -72,7 +74,8 @@ class ToolCaller:
         tools = tools or (own if own.exists() else Path("data/tools.json"))
         tokenizer = Tokenizer(folder)
         found = parse_tools(files.read_json(Path(tools)), str(tools))
-        return cls(load_runtime(folder, device, threads), tokenizer, found, techniques)
+        runtime = load_runtime(folder, device, threads, techniques.prefixes, together)
+        return cls(runtime, tokenizer, found, techniques)
 
     def reply(
         self,
@@ -112,20 +115,22 @@ class ToolCaller:
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         prefix, asked = self.encode(messages, tools, max_new_tokens)
-        return Prompt(prefix, asked, self.tokenizer.eos_token_id, prompt.request_text(messages), choice)
+        text = prompt.request_text(messages)
+        return Prompt(prefix, asked, self.tokenizer.eos_token_id, text, choice, max_new_tokens)
 
     def stream(self, prompted: Prompt, tools: tuple[Tool, ...], max_new_tokens: int) -> Iterator[Token]:
-        """Token by token, the end token last unless cut off; to close the iterator stops the model."""
+        """Token by token, the end token last unless cut off."""
         return islice(generate(self.runtime, prompted, self._grammar(tools), self.techniques), max_new_tokens)
+
+    def decoding(self, prompted: Prompt, tools: tuple[Tool, ...]) -> Decoding:
+        """For who runs the model's steps."""
+        return Decoding(prompted, self._grammar(tools), self.techniques)
 
     def encode(
         self, messages: Sequence[Message], tools: tuple[Tool, ...], max_new_tokens: int
     ) -> tuple[list[int], list[int]]:
         """Tokens of the prefix and of the request."""
-        key = _key(tools)
-        if key not in self._prefixes:
-            self._prefixes[key] = prompt.prefix_tokens(self.tokenizer, tools)
-        prefix = self._prefixes[key]
+        prefix = self._prefixes.get(_key(tools), lambda: prompt.prefix_tokens(self.tokenizer, tools))
         asked = prompt.request_tokens(self.tokenizer, messages, tools)
         if self.runtime.context_tokens < len(prefix) + len(asked) + max_new_tokens:
             raise ValueError(
@@ -137,10 +142,7 @@ class ToolCaller:
     def _grammar(self, tools: tuple[Tool, ...]) -> Grammar | None:
         if not self.techniques.grammar or not tools:
             return None
-        key = _key(tools)
-        if key not in self._grammars:
-            self._grammars[key] = Grammar(self.tokenizer.vocabulary, tools)
-        return self._grammars[key]
+        return self._grammars.get(_key(tools), lambda: Grammar(self.tokenizer.vocabulary, tools))
 
     def decode(self, tokens: Sequence[Token], tools: tuple[Tool, ...]) -> tuple[str, float]:
         """Text, a call in it as JSON, and confidence of a whole reply."""
@@ -158,16 +160,26 @@ def _key(tools: tuple[Tool, ...]) -> str:
     return json.dumps([tool.to_json() for tool in tools])
 
 
-def load_runtime(folder: Path, device: str, threads: int) -> Runtime:
+def load_runtime(folder: Path, device: str, threads: int, prefixes: int = PREFIXES, together: bool = False) -> Runtime:
+    """`prefixes`: how many are kept. `together`: for several requests at a time.
+
+    Raises FileNotFoundError where `folder` holds no model, ValueError where it cannot answer requests together.
+    """
+    kind = str(files.read_json(folder / SETTINGS)["runtime"]) if (folder / SETTINGS).exists() else "PyTorch"
+    if together and (kind, device) != ("fused", "cpu"):
+        raise ValueError(f"{folder}: only a fused model on the CPU answers requests together, not {kind} on {device}")
+    if together:
+        from pipeline.runtime.packed import PackedRuntime
+
+        return PackedRuntime(folder, threads, prefixes)
     if (folder / SETTINGS).exists():
         from pipeline.runtime.ort import FusedRuntime, PortableRuntime
 
-        kind = files.read_json(folder / SETTINGS)["runtime"]
         if kind == "portable":
-            return PortableRuntime(folder, device, threads)
-        return FusedRuntime(folder, device, threads)
+            return PortableRuntime(folder, device, threads, prefixes)
+        return FusedRuntime(folder, device, threads, prefixes)
     if (folder / "model.safetensors").exists():
         from pipeline.runtime.pytorch import PytorchRuntime
 
-        return PytorchRuntime(folder, device, threads)
+        return PytorchRuntime(folder, device, threads, prefixes)
     raise FileNotFoundError(f"{folder} holds neither {SETTINGS} nor model.safetensors: no model of ours")

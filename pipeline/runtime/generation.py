@@ -1,14 +1,17 @@
-"""The decode loop, over every way to run the model: tokens in, tokens out, greedily.
+"""The decode loop, over every way to run the model: tokens in, tokens out.
 
 A tool call is short and mostly known beforehand. Three techniques use that; they change when tokens
 come, not which (the grammar apart, where the model would break a call's form):
 - the grammar holds a call to the tools' schemas;
 - tokens it forces are appended to the next step instead of being asked for one by one;
 - drafts copied from the request are checked in one step; so is the opening of a call, together with the prompt.
+
+A fourth makes calls right more often: of several calls the likeliest is made, not that of the likeliest next tokens.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
@@ -24,25 +27,54 @@ Ids = NDArray[np.int64]
 class Token:
     id: int
     log_probability: float  # natural logarithm, under the model as it is (temperature 1); 0 where forced
-    changed: bool = False  # the grammar ruled out what the model would have chosen
+    changed: bool = False  # the grammar ruled out what the model would have chosen, or a likelier reply did
 
 
-@dataclass(frozen=True)
+@dataclass
 class Techniques:
+    """Section `techniques` of params.yaml; not frozen because OmegaConf fills it."""
+
+    prefixes: int  # tool lists whose KV cache is kept; 0: it is computed for each request
     grammar: bool
     forced: bool  # append what the grammar forces in one step
     draft_tokens: int  # at most this many copied from the request per step
+    alternatives: int  # at most this many calls are tried beside the greedy one, where the model is unsure
+
+    def __post_init__(self) -> None:
+        for name in ("prefixes", "draft_tokens", "alternatives"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"techniques.{name} must be 0 or more, got {getattr(self, name)}")
+        if not self.grammar and (self.forced or self.draft_tokens or self.alternatives):
+            raise ValueError("techniques.forced, draft_tokens and alternatives need techniques.grammar")
 
 
-PLAIN = Techniques(grammar=False, forced=False, draft_tokens=0)
-ALL = Techniques(grammar=True, forced=True, draft_tokens=4)
+PREFIXES = 8
+PLAIN = Techniques(PREFIXES, grammar=False, forced=False, draft_tokens=0, alternatives=0)
+ALL = Techniques(PREFIXES, grammar=True, forced=True, draft_tokens=4, alternatives=4)
+SURE = math.log(0.98)  # a token that is likelier than that has no second choice worth trying
+
+
+def ablations(use: Techniques) -> dict[str, Techniques]:
+    """`use` as it is, without each of its techniques, and without any. Those that need the grammar go with it."""
+    return {
+        "all": use,
+        "without prefix cache": replace(use, prefixes=0),
+        "without forced tokens": replace(use, forced=False),
+        "without drafts": replace(use, draft_tokens=0),
+        "without alternatives": replace(use, alternatives=0),
+        "without grammar": replace(use, grammar=False, forced=False, draft_tokens=0, alternatives=0),
+        "none": Techniques(0, grammar=False, forced=False, draft_tokens=0, alternatives=0),
+    }
 
 
 class Runtime(Protocol):
     context_tokens: int  # the longest that prefix, prompt and reply may be together
 
+    def keeps(self, prefix: Sequence[int]) -> bool:
+        """Is its KV cache there from an earlier request?"""
+
     def begin(self, prefix: Sequence[int]) -> None:
-        """Make the KV cache hold `prefix`; the last one is kept."""
+        """Make the KV cache hold `prefix`; those of the last few are kept."""
 
     def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
         """Logits (keep, vocabulary) after the last `keep` of `tokens`, which take the positions from `at` on.
@@ -68,6 +100,27 @@ class RowsRuntime(Protocol):
         """Drop the others."""
 
 
+@dataclass(eq=False)
+class Row:
+    """A request that is answered beside others."""
+
+    places: list[int] = field(default_factory=list)  # of its tokens in the KV cache, in the order of their positions
+
+
+@runtime_checkable
+class TogetherRuntime(Protocol):
+    """Several requests behind one prefix, each at its own pace. `begin` ends them all."""
+
+    def join(self) -> Row:
+        """A new request."""
+
+    def leave(self, row: Row) -> None:
+        """Its place is free at once."""
+
+    def step_together(self, steps: Sequence[tuple[Row, "Step"]]) -> list[NDArray[np.float32]]:
+        """Logits (keep, vocabulary) of each request after its step. One that failed can be repeated."""
+
+
 class Choice(StrEnum):
     """Whether the reply may be a call."""
 
@@ -83,39 +136,156 @@ class Prompt:
     end: int  # the token that ends a reply
     text: str  # the request: what copied arguments are spans of
     choice: Choice = Choice.AUTO
+    max_new_tokens: int = 1_000_000  # of a reply
 
 
 def generate(runtime: Runtime, prompt: Prompt, grammar: Grammar | None, use: Techniques) -> Iterator[Token]:
-    """The greedy reply up to its end token; without one it goes on until the caller stops.
+    """The reply up to its end token, or cut at the prompt's max_new_tokens.
 
     Raises ValueError where a call is required and there is no grammar.
     """
-    reply = _Reply(prompt, grammar if use.grammar else None)
-    opening = reply.required()
-    runtime.begin(prompt.prefix)
-    yield from (Token(found, 0.0) for found in opening)
-    if reply.grammar_finished:  # the only tool, and it takes no arguments
-        yield Token(prompt.end, 0.0)
-        return
-    feed, draft, at = [*prompt.asked, *opening], reply.opening_draft(use), len(prompt.prefix)
-    while True:
-        logits = runtime.step([*feed, *draft], at, 1 + len(draft))
-        at += len(feed)
-        for row, guess in zip(logits, [*draft, None], strict=True):
-            token = reply.choose(row)
-            yield token
-            if reply.finished:
-                return
-            if token.id != guess or reply.grammar_finished:
+    decoding = Decoding(prompt, grammar, use)
+    yield from decoding.opening
+    if decoding.step:
+        runtime.begin(prompt.prefix)
+    while step := decoding.step:
+        yield from decoding.read(step, runtime.step(step.tokens, step.at, step.keep))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the model reads next."""
+
+    feed: list[int]
+    draft: list[int]  # what it is guessed to say then
+    at: int  # position of the first; what the KV cache holds from there on is dropped
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.feed, *self.draft]
+
+    @property
+    def keep(self) -> int:
+        """The last token to feed and each of the draft: after these the model is asked for its logits."""
+        return 1 + len(self.draft)
+
+
+class Decoding:
+    """One reply, a step of the model at a time.
+
+    With alternatives, of several calls the likeliest. Where the model was unsure of a token, its second choice is gone
+    on with too, as long as a call that begins so may be likelier than the best one so far; best-first search, where a
+    candidate is finished greedily. And text, where any text is likelier than that call. So a call is said when its end
+    is known; text comes token by token.
+    """
+
+    def __init__(self, prompt: Prompt, grammar: Grammar | None, use: Techniques) -> None:
+        """Raises ValueError as `generate` does."""
+        self._prompt, self._use = prompt, use
+        self._grammar = grammar if use.grammar else None
+        self._reply = _Reply(prompt, self._grammar, use)
+        self._forks: list[list[Token]] = []  # what other calls begin with
+        self._left = use.alternatives
+        self._best: list[Token] = []
+        self._cached: list[int] = []  # of the reply, in the KV cache
+        self._text: tuple[float, Token] | None = None  # log-probability of any text, and what the likeliest begins with
+        required = self._reply.required()
+        self.opening = [Token(found, 0.0) for found in required]  # whatever the model thinks
+        self._said = list(self.opening)  # in this candidate
+        self._told = len(self._said)  # of them, to who asked
+        self.step: Step | None = Step(
+            [*prompt.asked, *required], self._reply.opening_draft(), len(prompt.prefix)
+        )  # None: the reply has ended
+        if self._reply.grammar_finished:  # the only tool, and it takes no arguments
+            self.opening.append(self._end())
+
+    def read(self, step: Step, logits: NDArray[np.float32]) -> list[Token]:
+        """What is said after `step`, whose `logits` (keep, vocabulary) these are; `self.step` is then the next."""
+        for row, guess in zip(logits, [*step.draft, None], strict=True):
+            token = self._choose(row)
+            self._said.append(token)
+            if self._reply.finished or token.id != guess or self._reply.grammar_finished:
                 break
-            at += 1
-        forced = reply.forced() if use.forced else []
-        yield from (Token(found, 0.0) for found in forced)
-        if reply.grammar_finished:
-            yield Token(prompt.end, 0.0)
+        self._cached = [token.id for token in self._said[:-1]]
+        self._go_on(len(self._cached))
+        if not self._use.alternatives or not self._reply.is_call:
+            return self._tell()
+        return [] if self.step else self._likeliest()
+
+    def _tell(self) -> list[Token]:
+        told, self._told = self._told, len(self._said)
+        return self._said[told:]
+
+    def _choose(self, logits: NDArray[np.float32]) -> Token:
+        first = not self._said and self._grammar is not None and self._left > 0
+        token, second = self._reply.choose(logits)
+        if first and self._grammar and token.id == self._grammar.opening[0]:
+            others = logits.copy()
+            others[token.id] = -np.inf
+            text = int(others.argmax())
+            self._text = (
+                math.log1p(-min(math.exp(token.log_probability), 1 - 1e-9)),
+                Token(text, _log_probability(logits, text), changed=True),
+            )
+        if second:
+            self._forks.append([*self._said, second])
+        return token
+
+    def _go_on(self, fed: int) -> None:
+        """Set the next step, where the KV cache holds the first `fed` tokens of the reply."""
+        self.step = None
+        if self._reply.finished:
             return
-        feed = [token.id, *forced]
-        draft = reply.draft(use.draft_tokens)
+        if self._use.forced:
+            self._said += [Token(found, 0.0) for found in self._reply.forced()]
+        if self._reply.grammar_finished:
+            self._said.append(self._end())
+        elif len(self._said) < self._prompt.max_new_tokens:
+            at = len(self._prompt.prefix) + len(self._prompt.asked) + fed
+            feed = [token.id for token in self._said[fed:]]
+            self.step = Step(feed, self._reply.draft(self._use.draft_tokens), at)
+
+    def _likeliest(self) -> list[Token]:
+        """A call has ended: on to the next candidate, or the best is said."""
+        while True:
+            self._best = max(self._best or self._said, self._said, key=self._rank)
+            fork = max(self._forks, key=_total, default=None)
+            if not self._left or fork is None or _total(fork) <= self._rank(self._best)[1]:
+                break
+            self._left -= 1
+            self._forks.remove(fork)
+            self._begin(fork)
+            if self.step:
+                return []
+        if self._text and self._text[0] > _total(self._best):
+            self._begin([self._text[1]])
+        else:
+            self._said, self.step = self._best, None
+        return self._tell()
+
+    def _rank(self, said: list[Token]) -> tuple[bool, float]:
+        """A call that was cut is worth less than any whole one."""
+        whole = bool(said) and said[-1].id == self._prompt.end
+        return whole, _total(said) if whole else -math.inf
+
+    def _begin(self, said: list[Token]) -> None:
+        """Go on with a reply that begins so."""
+        ids = [token.id for token in said]
+        fed = 0
+        while fed < min(len(ids) - 1, len(self._cached)) and ids[fed] == self._cached[fed]:
+            fed += 1
+        self._reply = _Reply(self._prompt, self._grammar, self._use)
+        self._reply.take(ids)
+        self._said = said
+        self._go_on(fed)
+
+    def _end(self) -> Token:
+        self.step = None
+        return Token(self._prompt.end, 0.0)
+
+
+def _total(said: Sequence[Token]) -> float:
+    return sum(token.log_probability for token in said)
 
 
 def generate_together(
@@ -149,8 +319,8 @@ def generate_together(
 class _Reply:
     """What has been said so far, and who holds it."""
 
-    def __init__(self, prompt: Prompt, grammar: Grammar | None) -> None:
-        self._prompt, self._grammar = prompt, grammar
+    def __init__(self, prompt: Prompt, grammar: Grammar | None, use: Techniques) -> None:
+        self._prompt, self._grammar, self._use = prompt, grammar, use
         self._guide: Guide | None = None
         self.tokens: list[int] = []
 
@@ -162,36 +332,51 @@ class _Reply:
     def grammar_finished(self) -> bool:
         return self._guide is not None and self._guide.finished
 
+    @property
+    def is_call(self) -> bool:
+        """Or may become one."""
+        opening = self._grammar.opening if self._grammar else []
+        return bool(opening) and self.tokens[: len(opening)] == opening[: len(self.tokens)]
+
     def required(self) -> list[int]:
         """What the reply begins with, whatever the model thinks."""
         if self._prompt.choice != Choice.REQUIRED:
             return []
         if self._grammar is None:
             raise ValueError("a call is required, but without tools or their grammar none can be")
-        self._take(self._grammar.opening)
+        self.take(self._grammar.opening)
         return self._grammar.opening
 
-    def opening_draft(self, use: Techniques) -> list[int]:
-        if self._grammar is None or not use.forced or self._prompt.choice != Choice.AUTO:
+    def opening_draft(self) -> list[int]:
+        if self._grammar is None or not self._use.forced or self._prompt.choice != Choice.AUTO:
             return []
         return self._grammar.opening
 
-    def choose(self, logits: NDArray[np.float32]) -> Token:
+    def choose(self, logits: NDArray[np.float32]) -> tuple[Token, Token | None]:
+        """The likeliest token that may come next, and the second where the model is unsure."""
         if self._prompt.choice == Choice.NONE and self._grammar and not self.tokens:
             logits = logits.copy()
             logits[self._grammar.opening[0]] = -np.inf
-        if self._guide:
-            best = self._guide.best(logits)
-            token = Token(best, _log_probability(logits, best), self._guide.changed)
-        else:
+        second = None
+        if not self._guide:
             token = greedy(logits)
-        self._take([token.id])
-        return token
+        elif not self._use.forced and (forced := self._guide.forced()):
+            token = Token(forced[0], 0.0)
+        else:
+            token = _best(self._guide, logits)
+            if self._use.alternatives and token.log_probability < SURE:
+                others = logits.copy()
+                others[token.id] = -np.inf
+                found = _best(self._guide, others)
+                if found.log_probability > -math.inf:  # else no other is allowed
+                    second = Token(found.id, _log_probability(logits, found.id), changed=True)
+        self.take([token.id])
+        return token, second
 
     def forced(self) -> list[int]:
         found = self._guide.forced() if self._guide else []
         if found:
-            self._take(found)
+            self.take(found)
         return found
 
     def draft(self, n: int) -> list[int]:
@@ -204,13 +389,19 @@ class _Reply:
                     return asked[start + length : start + length + n]
         return []
 
-    def _take(self, tokens: list[int]) -> None:
-        self.tokens += tokens
-        if self._guide:
-            self._guide.accept(tokens)
-        elif self._grammar and self.tokens == self._grammar.opening:
-            self._guide = self._grammar.start(self._prompt.text)
-            self._guide.accept(self.tokens)
+    def take(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self.tokens.append(token)
+            if self._guide:
+                self._guide.accept([token])
+            elif self._grammar and self.tokens == self._grammar.opening:
+                self._guide = self._grammar.start(self._prompt.text)
+                self._guide.accept(self.tokens)
+
+
+def _best(guide: Guide, logits: NDArray[np.float32]) -> Token:
+    best, changed = guide.best(logits)
+    return Token(best, _log_probability(logits, best), changed)
 
 
 def greedy(logits: NDArray[np.float32]) -> Token:
@@ -221,8 +412,7 @@ def greedy(logits: NDArray[np.float32]) -> Token:
 
 def _log_probability(logits: NDArray[np.float32], token: int) -> float:
     top = float(logits.max())
-    total = float(np.log(np.exp(logits - top, dtype=np.float32).sum(dtype=np.float64)))
-    return float(logits[token]) - top - total
+    return float(logits[token]) - top - math.log(np.exp(logits - top).sum())
 
 
 class NullRuntime:
@@ -234,6 +424,10 @@ class NullRuntime:
         self._reply, self._vocabulary = reply, vocabulary
         self._prompt_end = -1
 
+    def keeps(self, prefix: Sequence[int]) -> bool:
+        del prefix
+        return True
+
     def begin(self, prefix: Sequence[int]) -> None:
         del prefix
         self._prompt_end = -1
@@ -244,5 +438,5 @@ class NullRuntime:
         logits = np.zeros((keep, self._vocabulary), np.float32)
         first = at + len(tokens) - keep + 1 - self._prompt_end
         for row in range(keep):
-            logits[row, self._reply[min(first + row, len(self._reply) - 1)]] = 1.0
+            logits[row, self._reply[min(first + row, len(self._reply) - 1)]] = 30.0  # it is sure
         return logits

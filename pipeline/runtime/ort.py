@@ -10,23 +10,29 @@ from numpy.typing import NDArray
 
 from pipeline import files
 from pipeline.runtime.generation import Ids
+from pipeline.runtime.recent import Recent
 
+BUFFER_TOKENS, SPARE_TOKENS = 2048, 32
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def open_session(path: Path, device: str, threads: int) -> onnxruntime.InferenceSession:
     """Raises RuntimeError where ONNX Runtime does not offer `device`: it would fall back without a word."""
+    if PROVIDERS[device] not in onnxruntime.get_available_providers():
+        found = onnxruntime.get_available_providers()
+        raise RuntimeError(f"benchmark.device is {device}, but ONNX Runtime offers only {found}")
+    return onnxruntime.InferenceSession(str(path), session_options(threads), providers=[PROVIDERS[device]])
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    if PROVIDERS[device] not in onnxruntime.get_available_providers():
-        found = onnxruntime.get_available_providers()
-        raise RuntimeError(f"benchmark.device is {device}, but ONNX Runtime offers only {found}")
-    return onnxruntime.InferenceSession(str(path), options, providers=[PROVIDERS[device]])
+    return options
 
 
-def _past_inputs(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, int]]:
+def past_inputs(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, int]]:
     """Each past's name, with its heads and size of a head."""
     return {
         found.name: (found.shape[1], found.shape[3])
@@ -38,22 +44,24 @@ def _past_inputs(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, 
 class PortableRuntime:
     """Any decoder graph with past in and present out, as optimum exports it."""
 
-    def __init__(self, folder: Path, device: str, threads: int) -> None:
+    def __init__(self, folder: Path, device: str, threads: int, prefixes: int) -> None:
         self._session = open_session(folder / "model.onnx", device, threads)
-        self._heads = _past_inputs(self._session)
+        self._heads = past_inputs(self._session)
         self._inputs = {found.name for found in self._session.get_inputs()}
         self._outputs = ["logits", *(name.replace("past_key_values", "present") for name in self._heads)]
         self.context_tokens = int(files.read_json(folder / "config.json")["max_position_embeddings"])
-        self._prefix: list[int] = []
-        self._prefix_past = self._past = self._empty()
+        self._prefixes = Recent[tuple[int, ...], dict[str, NDArray[np.float32]]](prefixes)
+        self._past = self._empty()
         self._length = 0
 
+    def keeps(self, prefix: Sequence[int]) -> bool:
+        return tuple(prefix) in self._prefixes
+
     def begin(self, prefix: Sequence[int]) -> None:
-        if list(prefix) != self._prefix:
-            self._prefix = []  # stays empty if the next line fails
-            self._prefix_past = self._extend(np.array([prefix]), *_unpadded(0, len(prefix)), self._empty())[1]
-            self._prefix = list(prefix)
-        self._past, self._length = self._prefix_past, len(prefix)
+        self._past, self._length = self._prefixes.get(tuple(prefix), lambda: self._begun(prefix)), len(prefix)
+
+    def _begun(self, prefix: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+        return self._extend(np.array([prefix]), *_unpadded(0, len(prefix)), self._empty())[1]
 
     def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
         if at < self._length:
@@ -95,33 +103,47 @@ def _unpadded(at: int, new: int) -> tuple[Ids, Ids]:
 class FusedRuntime:
     """A graph with GroupQueryAttention: one KV buffer a layer, bound as past and present, never copied.
 
-    The prefix stays at the buffer's beginning from one request to the next.
+    The prefix stays at the buffer's beginning from one request to the next; copies of the last few are kept beside it.
     """
 
-    BUFFER_TOKENS = 2048
-
-    def __init__(self, folder: Path, device: str, threads: int) -> None:
+    def __init__(self, folder: Path, device: str, threads: int, prefixes: int) -> None:
         self._session = open_session(folder / "model.onnx", device, threads)
-        limit = int(files.read_json(folder / "config.json")["max_position_embeddings"])
-        self.context_tokens = min(limit, self.BUFFER_TOKENS)
+        buffer_tokens, self.context_tokens = lengths(folder)
         self._past = {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.zeros((1, heads, self.context_tokens, size), np.float32), device
+                np.zeros((1, heads, buffer_tokens, size), np.float32), device
             )
-            for name, (heads, size) in _past_inputs(self._session).items()
+            for name, (heads, size) in past_inputs(self._session).items()
         }
         self._binding = self._session.io_binding()
         for name, value in self._past.items():
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
-        self._mask = np.ones((1, self.context_tokens), np.int64)
-        self._prefix: list[int] = []
+        self._mask = np.ones((1, buffer_tokens), np.int64)
+        self._prefixes = Recent[tuple[int, ...], list[NDArray[Any]]](prefixes)
+        self._prefix: tuple[int, ...] = ()
+
+    def keeps(self, prefix: Sequence[int]) -> bool:
+        return tuple(prefix) in self._prefixes
 
     def begin(self, prefix: Sequence[int]) -> None:
-        if list(prefix) != self._prefix:
-            self._prefix = []  # stays empty if the next line fails
-            self._extend(list(prefix), len(prefix), 1)
-            self._prefix = list(prefix)
+        wanted = tuple(prefix)
+        if wanted != self._prefix or not self._prefixes.limit:
+            self._prefix = ()  # stays empty if the next line fails
+            self._write(self._prefixes.get(wanted, lambda: self._begun(wanted)))
+            self._prefix = wanted
+
+    def _begun(self, prefix: tuple[int, ...]) -> list[NDArray[Any]]:
+        """A copy of the KV cache of `prefix`."""
+        self._extend(list(prefix), len(prefix), 1)
+        return [value.numpy()[:, :, : len(prefix)].copy() for value in self._past.values()]
+
+    def _write(self, kept: list[NDArray[Any]]) -> None:
+        for value, part in zip(self._past.values(), kept, strict=True):
+            buffer = value.numpy()  # on the CPU the buffer itself, elsewhere a copy
+            buffer[:, :, : part.shape[2]] = part
+            if value.device_name() != "cpu":
+                value.update_inplace(buffer)
 
     def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
         return self._extend(list(tokens), at + len(tokens), keep)
@@ -134,5 +156,18 @@ class FusedRuntime:
         binding.bind_cpu_input("keep", np.array([keep], np.int64))
         binding.bind_output("logits", "cpu")
         self._session.run_with_iobinding(binding)
-        logits: NDArray[np.float32] = binding.get_outputs()[-1].numpy()
-        return logits[0]
+        return last_output(binding)[0]
+
+
+def lengths(folder: Path) -> tuple[int, int]:
+    """Of the KV buffer and of the context. Drafts may reach beyond the end of a reply, and so of the context."""
+    limit = int(files.read_json(folder / "config.json")["max_position_embeddings"])
+    buffer_tokens = min(limit, BUFFER_TOKENS)
+    return buffer_tokens, buffer_tokens - SPARE_TOKENS
+
+
+def last_output(binding: onnxruntime.IOBinding) -> NDArray[np.float32]:
+    """Of those bound. IOBinding.get_outputs makes an object of each KV buffer, which takes 60 us a step."""
+    outputs = binding.get_outputs_as_ortvaluevector()
+    found: NDArray[np.float32] = outputs[len(outputs) - 1].numpy()
+    return found

@@ -11,23 +11,29 @@ from transformers import DynamicCache
 
 from pipeline.model.base import load_tuned
 from pipeline.runtime.generation import Ids
+from pipeline.runtime.recent import Recent
 
 
 class PytorchRuntime:
-    def __init__(self, folder: Path, device: str, threads: int) -> None:
+    def __init__(self, folder: Path, device: str, threads: int, prefixes: int) -> None:
         torch.set_num_threads(threads)
         model, _ = load_tuned(folder)
         self._model: Any = model.to(device)
         self._device = device
         self.context_tokens = int(model.config.max_position_embeddings)
-        self._prefix: list[int] = []
+        self._prefixes = Recent[tuple[int, ...], DynamicCache](prefixes)
         self._cache = DynamicCache()
 
+    def keeps(self, prefix: Sequence[int]) -> bool:
+        return tuple(prefix) in self._prefixes
+
     def begin(self, prefix: Sequence[int]) -> None:
-        if list(prefix) != self._prefix:
-            self._cache, self._prefix = DynamicCache(), []  # stays empty if the next line fails
-            self._forward(torch.tensor([list(prefix)]), self._cache, 1)
-            self._prefix = list(prefix)
+        self._cache = self._prefixes.get(tuple(prefix), lambda: self._begun(prefix))  # `step` cuts what came after it
+
+    def _begun(self, prefix: Sequence[int]) -> DynamicCache:
+        cache = DynamicCache()
+        self._forward(torch.tensor([list(prefix)]), cache, 1)
+        return cache
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
@@ -36,8 +42,7 @@ class PytorchRuntime:
 
     @torch.inference_mode()
     def begin_rows(self, prefix: Sequence[int], rows: int) -> None:
-        self._prefix, self._cache = [], DynamicCache()  # of the rows from now on
-        self._forward(torch.tensor([list(prefix)]), self._cache, 1)
+        self._cache = self._begun(prefix)  # of the rows from now on
         self._cache.batch_repeat_interleave(rows)
 
     @torch.inference_mode()

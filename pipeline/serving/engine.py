@@ -1,16 +1,22 @@
-"""One thread that owns the model; requests wait for it in a queue of limited length."""
+"""One thread that owns the model; requests wait for it in a queue of limited length.
+
+Where the runtime can decode several together, requests join and leave between two steps of the model.
+"""
 
 import asyncio
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipeline.runtime.caller import ToolCaller
-from pipeline.runtime.generation import Choice, Prompt, Token
+from pipeline.runtime.generation import Choice, Decoding, Prompt, Row, Runtime, TogetherRuntime, Token
 from pipeline.toolcall.conversation import Message
 from pipeline.toolcall.reply import OPENING
 from pipeline.toolcall.tool import Tool
@@ -64,18 +70,69 @@ class _Job:
     def put(self, piece: Piece | Exception) -> None:
         self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
 
+    def fail(self, error: Exception) -> None:
+        """ONNX Runtime's exceptions have no base of their own: to who asks they are RuntimeErrors."""
+        known = isinstance(error, (ValueError, RuntimeError, MemoryError))
+        self.put(error if known else RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+@dataclass(eq=False)
+class _Running:
+    job: _Job
+    tools: tuple[Tool, ...]
+    prompted: Prompt
+    prefix_kept: bool
+    decoding: Decoding
+    row: Row | None  # None: the runtime answers one request at a time
+    tokens: list[Token]
+    failed: bool = False
+    sent_s: float = 0.0
+
+    @property
+    def ended(self) -> bool:
+        full = len(self.tokens) >= self.job.asked.max_new_tokens
+        return self.decoding.step is None or full or self.failed or self.job.cancelled
+
+    def read(self, logits: NDArray[np.float32]) -> None:
+        if self.decoding.step:
+            self.tokens += self.decoding.read(self.decoding.step, logits)
+
+    def fail(self, error: Exception) -> None:
+        self.failed = True
+        self.job.fail(error)
+
+    def tell(self, caller: ToolCaller, last: bool) -> None:
+        """The reply as far as it has come, to who waits for it."""
+        if self.failed or self.job.cancelled:
+            return
+        # What is forced comes at once: a message for each of its tokens would only cost time.
+        if last or (self.job.asked.stream and time.perf_counter() - self.sent_s > 0.002):
+            self.job.put(self._piece(caller, last))
+            self.sent_s = time.perf_counter()
+
+    def _piece(self, caller: ToolCaller, last: bool) -> Piece:
+        tokens = self.tokens[: self.job.asked.max_new_tokens]
+        text, confidence = caller.decode(tokens, self.tools) if last else (caller.written(tokens), 1.0)
+        finished = bool(tokens) and tokens[-1].id == self.prompted.end
+        sizes = len(self.prompted.asked), len(self.prompted.prefix), self.prefix_kept, len(tokens)
+        return Piece(text, *sizes, confidence, finished, last)
+
 
 class Engine:
-    """Answers requests in the order they came, one at a time."""
+    """Begins to answer requests in the order they came."""
 
-    def __init__(self, load: Callable[[], ToolCaller], queue_length: int, tool_result_tokens: int) -> None:
-        """`load` is called on the engine's own thread. Wait for `ready` before asking."""
+    def __init__(
+        self, load: Callable[[], ToolCaller], queue_length: int, tool_result_tokens: int, together: int = 1
+    ) -> None:
+        """`load` is called on the engine's own thread. Wait for `ready` before asking.
+
+        `together`: at most so many requests are answered at a time, by a TogetherRuntime.
+        """
         self._load, self._queue_length, self._tool_result_tokens = load, queue_length, tool_result_tokens
+        self._together = together
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._stopping = False
-        self._running = 0
-        self._prefix: Sequence[int] = ()
         self._loaded = threading.Event()
         self._failure: Exception | None = None
         self.caller: ToolCaller | None = None
@@ -152,13 +209,12 @@ class Engine:
             if job in self._waiting:
                 self._waiting.remove(job)
 
-    def _next(self) -> _Job | None:
+    def _next(self, wait: bool) -> _Job | None:
+        """None: the server stops, or, unless it is to wait, nothing is waiting."""
         with self._changed:
-            while not self._waiting:
-                if self._stopping:
-                    return None
+            while wait and not self._waiting and not self._stopping:
                 self._changed.wait()
-            return self._waiting.popleft()
+            return self._waiting.popleft() if self._waiting else None
 
     def _work(self) -> None:
         # The model's threads, which begin with this one's priority, leave the processor to who reads and refuses.
@@ -170,35 +226,78 @@ class Engine:
             return
         finally:
             self._loaded.set()
-        while job := self._next():
-            try:
-                self._answer(self.caller, job)
-            except (ValueError, RuntimeError, MemoryError) as error:  # this request's; the others go on
-                job.put(error)
+        running: list[_Running] = []
+        while self._admit(self.caller, running):
+            _advance(self.caller.runtime, [one for one in running if one.decoding.step])
+            ended = [one for one in running if one.ended]
+            for one in ended:
+                if one.row and isinstance(self.caller.runtime, TogetherRuntime):
+                    self.caller.runtime.leave(one.row)
+            for one in running:
+                one.tell(self.caller, last=one in ended)
+            running = [one for one in running if one not in ended]
 
-    def _answer(self, caller: ToolCaller, job: _Job) -> None:
+    def _admit(self, caller: ToolCaller, running: list[_Running]) -> bool:
+        """Let those join that can, in their order. False: all is answered and the server stops."""
+        while len(running) < self._together:
+            job = self._next(wait=not running)
+            if job is None:
+                break
+            if job.cancelled:
+                continue
+            try:
+                if not self._joins(caller, job, running):
+                    with self._changed:
+                        self._waiting.appendleft(job)
+                    break
+            except Exception as error:  # noqa: BLE001 - this request's; the others go on
+                job.fail(error)
+        return bool(running)
+
+    def _joins(self, caller: ToolCaller, job: _Job, running: list[_Running]) -> bool:
+        """False: it has to wait until those that are running end, having other tools or too many tokens beside it."""
         tools = job.asked.tools or caller.tools
         prompted = fit(caller, job.asked, tools, self._tool_result_tokens)
-        kept = list(prompted.prefix) == list(self._prefix)
-        self._prefix = prompted.prefix
-        tokens: list[Token] = []
+        own = len(prompted.asked) + job.asked.max_new_tokens
+        others = sum(len(one.prompted.asked) + one.job.asked.max_new_tokens for one in running)
+        if running and prompted.prefix != running[0].prompted.prefix:
+            return False
+        if len(prompted.prefix) + own + others > caller.runtime.context_tokens:
+            return False
+        kept = caller.runtime.keeps(prompted.prefix)
+        decoding = caller.decoding(prompted, tools)
+        if not running:
+            caller.runtime.begin(prompted.prefix)
+        row = caller.runtime.join() if isinstance(caller.runtime, TogetherRuntime) else None
+        running.append(_Running(job, tools, prompted, kept, decoding, row, list(decoding.opening)))
+        return True
 
-        def piece(last: bool) -> Piece:
-            text, confidence = caller.decode(tokens, tools) if last else (caller.written(tokens), 1.0)
-            finished = bool(tokens) and tokens[-1].id == prompted.end
-            sizes = len(prompted.asked), len(prompted.prefix), kept, len(tokens)
-            return Piece(text, *sizes, confidence, finished, last)
 
-        sent_s = 0.0
-        for token in caller.stream(prompted, tools, job.asked.max_new_tokens):
-            if job.cancelled:
-                return
-            tokens.append(token)
-            # What is forced comes at once: a message for each of its tokens would only cost time.
-            if job.asked.stream and time.perf_counter() - sent_s > 0.002:
-                job.put(piece(last=False))
-                sent_s = time.perf_counter()
-        job.put(piece(last=True))
+def _advance(runtime: Runtime, running: list[_Running]) -> None:
+    """A step of each. Where the model fails, whose fault it is shows when each is asked alone."""
+    if not running:
+        return
+    try:
+        found = _logits(runtime, running)
+    except Exception as error:  # noqa: BLE001 - ONNX Runtime's have no base of their own; the server goes on
+        if len(running) == 1:
+            running[0].fail(error)
+        else:
+            for one in running:
+                _advance(runtime, [one])
+        return
+    for one, logits in zip(running, found, strict=True):
+        try:
+            one.read(logits)
+        except Exception as error:  # noqa: BLE001 - of one request; the others go on
+            one.fail(error)
+
+
+def _logits(runtime: Runtime, running: list[_Running]) -> list[NDArray[np.float32]]:
+    steps = [(one.row, one.decoding.step) for one in running]
+    if isinstance(runtime, TogetherRuntime):
+        return runtime.step_together([(row, step) for row, step in steps if row and step])
+    return [runtime.step(step.tokens, step.at, step.keep) for _, step in steps if step]
 
 
 def fit(caller: ToolCaller, asked: Asked, tools: tuple[Tool, ...], tool_result_tokens: int) -> Prompt:

@@ -36,13 +36,14 @@ class Grammar:
                 raise ValueError(f"tool {tool.name}: its parameters make no grammar: {'; '.join(why)}")
         self._tools, self._copies = tools, any(map(_copies_text, tools))
         self._fresh = LLMatcher(self._vocabulary, _lark(tools))
+        self._last = "", self._fresh
         self.opening: list[int] = self._fresh.compute_ff_tokens()
 
     def start(self, text: str) -> "Guide":
         """`text`: the request, of which copied arguments are spans."""
-        if self._copies:
-            return Guide(LLMatcher(self._vocabulary, _lark(self._tools, text)))
-        return Guide(self._fresh.deep_copy())
+        if self._copies and text != self._last[0]:  # alternatives to a reply start with the same text
+            self._last = text, LLMatcher(self._vocabulary, _lark(self._tools, text))
+        return Guide(self._last[1].deep_copy())
 
 
 class Guide:
@@ -50,7 +51,6 @@ class Guide:
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
-        self.changed = False  # was a token ruled out that the model would have chosen?
 
     @property
     def finished(self) -> bool:
@@ -65,17 +65,16 @@ class Guide:
         """The tokens that come next whatever the model thinks."""
         return list(self._matcher.compute_ff_tokens())
 
-    def best(self, logits: NDArray[np.float32]) -> int:
-        """The likeliest token that is allowed. `logits`: (vocabulary,)."""
+    def best(self, logits: NDArray[np.float32]) -> tuple[int, bool]:
+        """The likeliest token that is allowed, and whether a likelier one is not. `logits`: (vocabulary,)."""
         best = int(logits.argmax())
         if self._matcher.validate_tokens([best]) == 1:  # hundreds of times cheaper than a mask
-            return best
-        self.changed = True
+            return best, False
         mask = allocate_token_bitmask(1, len(logits))
         fill_next_token_bitmask(self._matcher, mask)
         allowed = logits[None].copy()
         apply_token_bitmask_inplace(allowed, mask)
-        return int(allowed.argmax())
+        return int(allowed.argmax()), True
 
 
 # Of a tool's parameters. An argument that is not among the properties is never right, whatever they say.

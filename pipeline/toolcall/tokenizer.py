@@ -1,5 +1,6 @@
 """A model folder's tokenizer, without transformers: its import takes seconds and hundreds of megabytes."""
 
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,27 +19,26 @@ class Tokenizer:
         self._file = str(folder / "tokenizer.json")
         if not Path(self._file).exists():
             raise FileNotFoundError(f"{folder} holds no tokenizer.json: only fast tokenizers can be used")
-        self._markup = tokenizers.Tokenizer.from_file(self._file)
-        self._text = tokenizers.Tokenizer.from_file(self._file)
-        self._text.encode_special_tokens = True
-        for found in (self._markup, self._text):
-            found.no_padding()
-            found.no_truncation()
+        self._tokenizer = tokenizers.Tokenizer.from_file(self._file)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._lock = threading.Lock()  # encoding is set up for each text, and the server encodes on several threads
         eos = files.read_json(folder / "tokenizer_config.json")["eos_token"]
-        self.eos_token_id: int = self._markup.token_to_id(eos["content"] if isinstance(eos, dict) else eos)
+        self.eos_token_id: int = self._tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos)
 
     def __len__(self) -> int:
-        return int(self._markup.get_vocab_size(with_added_tokens=True))
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, add_special_tokens: bool = False, split_special_tokens: bool = False) -> list[int]:
         """`split_special_tokens`: text that looks like a special token is text."""
-        found = self._text if split_special_tokens else self._markup
-        return list(found.encode(text, add_special_tokens=add_special_tokens).ids)
+        with self._lock:
+            self._tokenizer.encode_special_tokens = split_special_tokens
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._markup.decode(list(ids), skip_special_tokens=False))
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     @cached_property
     def vocabulary(self) -> LLTokenizer:
         """For grammars. Making it takes a moment."""
-        return LLTokenizer(self._markup.to_str(), n_vocab=len(self), eos_token=self.eos_token_id)
+        return LLTokenizer(self._tokenizer.to_str(), n_vocab=len(self), eos_token=self.eos_token_id)

@@ -1,3 +1,5 @@
+import asyncio
+
 import pytest
 
 from pipeline.bench.load import serve
@@ -59,12 +61,12 @@ def test_price_of_a_million_tokens() -> None:
 def test_serve_makes_every_call_once_and_counts_errors() -> None:
     seen: list[int] = []
 
-    def call(number: int) -> None:
+    async def call(number: int) -> None:
         seen.append(number)
         if number == 3:
             raise ValueError("no")
 
-    served = serve(call, concurrency=4, calls=10)
+    served = asyncio.run(serve(call, concurrency=4, calls=10))
     assert sorted(seen) == list(range(10))
     assert served.errors == 1
     assert len(served.call_s) == 9

@@ -1,6 +1,8 @@
 """Each technique changes when tokens come, never which."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -8,13 +10,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.runtime.generation import ALL, PLAIN, Choice, NullRuntime, Prompt, Techniques, Token, generate
+from pipeline.runtime.generation import ALL, PLAIN, Choice, NullRuntime, Prompt, Techniques, Token, ablations, generate
 from pipeline.toolcall import compact
 from pipeline.toolcall.grammar import Grammar
 from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool
 
-GRAMMAR_ONLY = Techniques(grammar=True, forced=False, draft_tokens=0)
+GRAMMAR_ONLY = Techniques(prefixes=1, grammar=True, forced=False, draft_tokens=0, alternatives=0)
 TOOLS = (
     Tool(
         "Grep",
@@ -39,6 +41,10 @@ class RandomRuntime:
         self._cache: list[int] = []
         self._asked = 0
         self.steps = 0
+
+    def keeps(self, prefix: Sequence[int]) -> bool:
+        del prefix
+        return False
 
     def begin(self, prefix: Sequence[int]) -> None:
         self._cache, self._asked = list(prefix), 0
@@ -72,16 +78,19 @@ def replies(tokenizer: Tokenizer, use: Techniques, seed: int) -> tuple[list[Toke
     asked = tokenizer.encode('find "ab" in cd/ef', add_special_tokens=False)
     liked = tokenizer.encode('"abcdef}', add_special_tokens=False)
     runtime = RandomRuntime(seed, grammar.opening, liked, len(tokenizer))
-    prompt = Prompt([1, 2, 3], asked, tokenizer.eos_token_id, "")
+    prompt = Prompt([1, 2, 3], asked, tokenizer.eos_token_id, "", max_new_tokens=300)
     return list(islice(generate(runtime, prompt, grammar, use), 300)), runtime.steps
 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("draft_tokens", [0, 1, 4])
 @pytest.mark.parametrize("forced", [False, True])
-def test_techniques_leave_the_reply_as_it_is(tokenizer: Tokenizer, seed: int, draft_tokens: int, forced: bool) -> None:
-    expected, steps = replies(tokenizer, GRAMMAR_ONLY, seed)
-    found, fewer = replies(tokenizer, Techniques(True, forced, draft_tokens), seed)
+@pytest.mark.parametrize("alternatives", [0, 3])
+def test_techniques_leave_the_reply_as_it_is(
+    tokenizer: Tokenizer, seed: int, draft_tokens: int, forced: bool, alternatives: int
+) -> None:
+    expected, steps = replies(tokenizer, replace(GRAMMAR_ONLY, alternatives=alternatives), seed)
+    found, fewer = replies(tokenizer, Techniques(1, True, forced, draft_tokens, alternatives), seed)
     assert [token.id for token in found] == [token.id for token in expected]
     assert fewer <= steps
     assert fewer < steps or not forced
@@ -98,6 +107,60 @@ def test_grammar_makes_every_finished_call_fit_its_tool(tokenizer: Tokenizer, se
         assert tool.fault(call.arguments) is None
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_ablations_leave_the_reply_as_it_is_where_the_grammar_stays(tokenizer: Tokenizer, seed: int) -> None:
+    found = {name: replies(tokenizer, use, seed) for name, use in ablations(ALL).items()}
+    expected, fewest = found["all"]
+    for name in ("without prefix cache", "without forced tokens", "without drafts"):
+        assert [token.id for token in found[name][0]] == [token.id for token in expected]
+    assert fewest < found["without forced tokens"][1]
+
+
+def test_alternatives_find_a_likelier_call(tokenizer: Tokenizer) -> None:
+    likelier = 0
+    for seed in range(20):
+        greedy, steps = replies(tokenizer, replace(ALL, alternatives=0), seed)
+        found, more = replies(tokenizer, replace(ALL, alternatives=8), seed)
+        if greedy[-1].id == tokenizer.eos_token_id:
+            assert found[-1].id == tokenizer.eos_token_id
+            assert probability(found) >= probability(greedy)
+            assert more > steps
+            likelier += probability(found) > probability(greedy)
+            assert [token.id for token in found] == [token.id for token in greedy] or any(t.changed for t in found)
+    assert likelier >= 5
+
+
+def test_text_is_said_where_any_is_likelier_than_the_best_call(tokenizer: Tokenizer) -> None:
+    """A model that begins a call with 60%, and can't say which: any one call is less likely than a text."""
+    grammar = Grammar(tokenizer.vocabulary, TOOLS)
+    text = tokenizer.encode("Which?", add_special_tokens=False)
+    prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "", max_new_tokens=50)
+
+    class Torn(NullRuntime):
+        def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
+            logits = np.zeros((keep, len(tokenizer)), np.float32)
+            said = [*tokens][2:] if at == 1 else [*tokens]
+            for row in range(keep):
+                before = said[: len(said) - keep + 1 + row]
+                if at == 1 and not before:
+                    logits[row, [grammar.opening[0], text[0]]] = 20 + math.log(0.6), 20 + math.log(0.4)
+                elif at == 1 and before == grammar.opening[: len(before)] != grammar.opening:
+                    logits[row, grammar.opening[len(before)]] = 20
+                elif before[-1:] == text[:1]:
+                    logits[row, tokenizer.eos_token_id] = 20
+            return logits
+
+    found = list(generate(Torn([0], len(tokenizer)), prompt, grammar, ALL))
+    assert [token.id for token in found] == [text[0], tokenizer.eos_token_id]
+    assert found[0].changed
+    greedy = next(generate(Torn([0], len(tokenizer)), prompt, grammar, replace(ALL, alternatives=0)))
+    assert greedy.id == grammar.opening[0]
+
+
+def probability(tokens: list[Token]) -> float:
+    return math.exp(sum(token.log_probability for token in tokens))
+
+
 def test_some_random_calls_finish(tokenizer: Tokenizer) -> None:
     """Else the test above would assert nothing."""
     ends = [replies(tokenizer, GRAMMAR_ONLY, seed)[0][-1].id for seed in range(20)]
@@ -108,7 +171,7 @@ def test_text_stays_free(tokenizer: Tokenizer) -> None:
     text = tokenizer.encode('<tool> is no {"call"', add_special_tokens=False)
     runtime = NullRuntime([*text, tokenizer.eos_token_id], len(tokenizer))
     prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "")
-    for use in (PLAIN, Techniques(True, True, 4)):
+    for use in (PLAIN, ALL):
         found = list(generate(runtime, prompt, Grammar(tokenizer.vocabulary, TOOLS), use))
         assert [token.id for token in found] == [*text, tokenizer.eos_token_id]
         assert not any(token.changed for token in found)
@@ -116,7 +179,7 @@ def test_text_stays_free(tokenizer: Tokenizer) -> None:
 
 def test_required_call_is_made_by_a_model_that_would_write_text(tokenizer: Tokenizer) -> None:
     runtime = NullRuntime([*tokenizer.encode("no", add_special_tokens=False), tokenizer.eos_token_id], len(tokenizer))
-    prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "", Choice.REQUIRED)
+    prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "", Choice.REQUIRED, max_new_tokens=40)
     found = [token.id for token in islice(generate(runtime, prompt, Grammar(tokenizer.vocabulary, TOOLS), ALL), 40)]
     assert str(tokenizer.decode(found)).startswith(("<tool_call>Grep", "<tool_call>Wait"))
     with pytest.raises(ValueError, match="a call is required, but without tools"):

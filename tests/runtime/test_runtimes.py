@@ -1,5 +1,6 @@
 """Every runtime gives the logits of a plain forward pass, also after going back and with a kept prefix."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from pipeline.model.onnx_export import export_portable
 from pipeline.runtime.caller import load_runtime
 from pipeline.runtime.generation import RowsRuntime, Runtime, generate_together
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporter warns about itself
+
 PREFIX, OTHER = list(range(10, 30)), list(range(60, 95))
 ASKED, WRONG, RIGHT = [1, 2, 3, 4, 5], [6, 7, 8], [9, 10]
 
@@ -23,13 +26,21 @@ def tiny_onnx(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.parametrize("kind", ["base", "onnx", "fused"])
-@pytest.mark.filterwarnings("ignore")  # torch's exporter warns about itself
-def test_steps_give_the_logits_of_a_plain_pass(
-    kind: str, tiny_base: Path, tiny_fused: Path, request: pytest.FixtureRequest
-) -> None:
-    folder = {"base": tiny_base, "fused": tiny_fused}.get(kind) or request.getfixturevalue("tiny_onnx")
-    runtime: Runtime = load_runtime(folder, "cpu", threads=1)
+Load = Callable[[int], Runtime]
+
+
+@pytest.fixture(params=["base", "onnx", "fused", "together"])
+def load(tiny_base: Path, tiny_fused: Path, request: pytest.FixtureRequest) -> Load:
+    """Of a runtime, by the number of prefixes it keeps."""
+    folder = tiny_fused
+    if request.param in ("base", "onnx"):
+        folder = tiny_base if request.param == "base" else request.getfixturevalue("tiny_onnx")
+    return lambda prefixes: load_runtime(folder, "cpu", 1, prefixes, request.param == "together")
+
+
+@pytest.mark.parametrize("prefixes", [0, 1, 2])
+def test_steps_give_the_logits_of_a_plain_pass(load: Load, prefixes: int, tiny_base: Path) -> None:
+    runtime = load(prefixes)
     for prefix in (PREFIX, OTHER, OTHER, PREFIX):
         expected = pytorch_logits(tiny_base, [[*prefix, *ASKED, *RIGHT]])[0]
         at = len(prefix)
@@ -41,8 +52,23 @@ def test_steps_give_the_logits_of_a_plain_pass(
         np.testing.assert_allclose(again, expected[-2:], atol=1e-4)
 
 
+def test_prefix_that_was_not_used_for_the_longest_is_dropped(load: Load) -> None:
+    runtime = load(2)
+    for prefix in (PREFIX, OTHER, PREFIX, ASKED):
+        runtime.begin(prefix)
+    assert [runtime.keeps(prefix) for prefix in (PREFIX, OTHER, ASKED)] == [True, False, True]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_drafts_may_reach_beyond_the_context(tiny_fused: Path, together: bool) -> None:
+    """A request that just fits failed where the last step had a draft: the buffer ended with the context."""
+    runtime = load_runtime(tiny_fused, "cpu", 1, together=together)
+    runtime.begin(PREFIX)
+    feed = [1] * (runtime.context_tokens - len(PREFIX))
+    assert runtime.step([*feed, *ASKED], len(PREFIX), 1 + len(ASKED)).shape[0] == 6
+
+
 @pytest.mark.parametrize("kind", ["base", "onnx"])
-@pytest.mark.filterwarnings("ignore")  # torch's exporter warns about itself
 def test_replies_together_are_those_alone(kind: str, tiny_base: Path, request: pytest.FixtureRequest) -> None:
     """Rows of different length, padded on the left, behind one prefix; a row that ends leaves the batch."""
     model, _ = load_tuned(tiny_base)

@@ -22,6 +22,7 @@ from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import ToolCall, parse_tools
 
 ROOT = Path(__file__).parents[2]
+TOOLS = parse_tools(files.read_json(ROOT / "data/tools.json"), "data/tools.json")
 LIMITS = Limits(body_bytes=200_000, read_timeout_s=1.0, request_timeout_s=20.0, max_new_tokens=300)
 Script = Callable[[str], str]
 
@@ -35,9 +36,9 @@ def script(asked: str) -> str:
         return f"It said: {text}"
     match text.split(" ", 1):
         case ["read", path]:
-            return compact.write(ToolCall("Read", {"file_path": path}), ())
+            return compact.write(ToolCall("Read", {"file_path": path}), TOOLS, text)
         case ["run", command]:
-            return compact.write(ToolCall("Bash", {"command": command}), ())
+            return compact.write(ToolCall("Bash", {"command": command}), TOOLS, text)
         case ["echo", word]:
             return compact.write(ToolCall("mcp__box__echo", {"text": word}), ())
     return f"You wrote: {text}"
@@ -52,9 +53,13 @@ class ScriptedRuntime:
         self.steps = 0
         self._reply: list[int] | None = None
         self._reply_at = 0
+        self._prefixes: set[tuple[int, ...]] = set()
+
+    def keeps(self, prefix: Sequence[int]) -> bool:
+        return tuple(prefix) in self._prefixes
 
     def begin(self, prefix: Sequence[int]) -> None:
-        del prefix
+        self._prefixes.add(tuple(prefix))
         self._reply = None
 
     def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
@@ -91,14 +96,13 @@ Serve = Callable[..., Served]
 @pytest.fixture
 def serve(tiny_base: Path) -> Iterator[Serve]:
     tokenizer = Tokenizer(tiny_base)
-    tools = parse_tools(files.read_json(ROOT / "data/tools.json"), "data/tools.json")
     stops: list[tuple[uvicorn.Server, threading.Thread, Engine]] = []
 
     def start(
         step_s: float = 0.0, queue_length: int = 8, api_key: str | None = None, say: Script = script, **limits: Any
     ) -> Served:
         runtime = ScriptedRuntime(tokenizer, say, step_s)
-        engine = Engine(lambda: ToolCaller(runtime, tokenizer, tools), queue_length, tool_result_tokens=300)
+        engine = Engine(lambda: ToolCaller(runtime, tokenizer, TOOLS), queue_length, tool_result_tokens=300)
         engine.wait_until_loaded()
         server = Server(engine, "tool-caller", replace(LIMITS, **limits), api_key)
         running = uvicorn.Server(uvicorn.Config(server.app(), port=0, log_config=None))

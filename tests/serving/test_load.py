@@ -10,6 +10,7 @@ import yaml
 from pipeline import config, files
 from pipeline.load_test import LoadTestConfig
 from pipeline.load_test import run as load_test
+from pipeline.runtime.generation import ALL
 from pipeline.serve import ServeConfig
 from pipeline.serve import run as serve
 
@@ -26,7 +27,7 @@ def settings(model: Path) -> ServeConfig:
 
 def test_address_that_others_reach_needs_a_key(tiny_fused: Path) -> None:
     with pytest.raises(ValueError, match=r"serve.host is 0.0.0.0, .* set TOOL_CALLER_API_KEY"):
-        serve(ROOT / "data/tools.json", replace(settings(tiny_fused), host="0.0.0.0"), None)  # noqa: S104 - is refused
+        serve(ROOT / "data/tools.json", ALL, replace(settings(tiny_fused), host="0.0.0.0"), None)  # noqa: S104 - is refused
 
 
 @pytest.mark.slow

@@ -1,0 +1,141 @@
+"""Requests decoded together, on the CPU: their tokens share one KV cache, and an attention bias keeps them apart.
+
+GroupQueryAttention takes rows of a batch one new token each; forced tokens and drafts are several. So there are no rows
+for the model: it reads one sequence, in which a token sees the prefix, once for all, and what came before it in its own
+request. Where a token stands in the KV cache says nothing of its position, which is given beside it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from pipeline.runtime.generation import Row, Step
+from pipeline.runtime.ort import last_output, lengths, past_inputs, session_options
+from pipeline.runtime.recent import Recent
+
+HIDDEN = np.finfo(np.float32).min
+
+
+class PackedRuntime:
+    def __init__(self, folder: Path, threads: int, prefixes: int) -> None:
+        self._session = _open(folder, threads)
+        buffer_tokens, self.context_tokens = lengths(folder)
+        self._binding = self._session.io_binding()
+        self._buffers = []
+        for name, (heads, size) in past_inputs(self._session).items():
+            buffer = np.zeros((1, heads, buffer_tokens, size), np.float32)
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(buffer)  # shares its memory
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+            self._buffers.append(buffer)
+        self._mask = np.ones((1, buffer_tokens), np.int64)
+        self._prefixes = Recent[tuple[int, ...], list[NDArray[np.float32]]](prefixes)
+        self._prefix: tuple[int, ...] = ()
+        self.rows: list[Row] = []
+
+    def keeps(self, prefix: Sequence[int]) -> bool:
+        return tuple(prefix) in self._prefixes
+
+    def begin(self, prefix: Sequence[int]) -> None:
+        """Without rows, and with `prefix` for those to come."""
+        self.rows = []
+        wanted = tuple(prefix)
+        if wanted != self._prefix or not self._prefixes.limit:
+            self._prefix = ()  # stays empty if the next line fails
+            for buffer, part in zip(
+                self._buffers, self._prefixes.get(wanted, lambda: self._begun(wanted)), strict=True
+            ):
+                buffer[:, :, : len(wanted)] = part
+            self._prefix = wanted
+
+    def _begun(self, prefix: tuple[int, ...]) -> list[NDArray[np.float32]]:
+        n = len(prefix)
+        self._run(list(prefix), np.arange(n), np.zeros((n, n), np.float32), 1)
+        return [buffer[:, :, :n].copy() for buffer in self._buffers]
+
+    def join(self) -> Row:
+        self.rows.append(Row())
+        return self.rows[-1]
+
+    def leave(self, row: Row) -> None:
+        self.rows.remove(row)
+
+    def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
+        """One request alone."""
+        row = self.rows[0] if self.rows else self.join()
+        feed = len(tokens) - keep + 1
+        return self.step_together([(row, Step(list(tokens[:feed]), list(tokens[feed:]), at))])[0]
+
+    def step_together(self, steps: Sequence[tuple[Row, Step]]) -> list[NDArray[np.float32]]:
+        begin = len(self._prefix)
+        for row, step in steps:
+            del row.places[step.at - begin :]
+        used = self._close_gaps()
+        # What is only read comes first: the head's work is for the last ones alone.
+        read = [(row, token) for row, step in steps for token in step.feed[:-1]]
+        asked = [(row, token) for row, step in steps for token in [step.feed[-1], *step.draft]]
+        new = [*read, *asked]
+        positions = np.empty(len(new), np.int64)
+        for at, (row, _) in enumerate(new):
+            positions[at] = begin + len(row.places)
+            row.places.append(used + at)
+        bias = np.full((len(new), used + len(new)), HIDDEN, np.float32)
+        bias[:, :begin] = 0
+        for at, (row, _) in enumerate(new):
+            bias[at, row.places] = 0
+        logits = self._run([token for _, token in new], positions, bias, len(asked))
+        return np.split(logits, np.cumsum([step.keep for _, step in steps])[:-1])
+
+    def _close_gaps(self) -> int:
+        """Move the last tokens to where wrong drafts, and requests that ended, have left places; where they end then.
+
+        Attention takes time for every place, seen or not.
+        """
+        taken = {place for row in self.rows for place in row.places}
+        begin, end = len(self._prefix), len(self._prefix) + len(taken)
+        gaps = [place for place in range(begin, end) if place not in taken]
+        moved = [place for place in taken if place >= end]
+        if not moved:
+            return end
+        for buffer in self._buffers:
+            buffer[:, :, gaps] = buffer[:, :, moved]
+        new = dict(zip(moved, gaps, strict=True))
+        for row in self.rows:
+            row.places = [new.get(place, place) for place in row.places]
+        return end
+
+    def _run(
+        self, tokens: list[int], positions: NDArray[Any], bias: NDArray[np.float32], keep: int
+    ) -> NDArray[np.float32]:
+        binding = self._binding
+        binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
+        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(self._mask[:, : bias.shape[1]]))
+        binding.bind_cpu_input("position_ids", positions[None])
+        binding.bind_cpu_input("attention_bias", bias[None, None])
+        binding.bind_cpu_input("keep", np.array([keep], np.int64))
+        binding.bind_output("logits", "cpu")
+        self._session.run_with_iobinding(binding)
+        return last_output(binding)[0]
+
+
+def _open(folder: Path, threads: int) -> onnxruntime.InferenceSession:
+    """The fused graph, whose attention is given positions and a bias."""
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    tensor = onnx.helper.make_tensor_value_info
+    model.graph.input.extend(
+        [
+            tensor("position_ids", onnx.TensorProto.INT64, [1, "sequence_length"]),
+            tensor("attention_bias", onnx.TensorProto.FLOAT, [1, 1, "sequence_length", "total_sequence_length"]),
+        ]
+    )
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            node.input[9:11] = ["position_ids", "attention_bias"]
+    options = session_options(threads)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

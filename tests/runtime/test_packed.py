@@ -1,0 +1,125 @@
+"""Requests together are answered as each alone."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline.runtime.caller import ToolCaller, load_runtime
+from pipeline.runtime.generation import Choice, Row, Step, TogetherRuntime
+from pipeline.serving.engine import Asked, Engine, Piece
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [f"Read src/file{number}.py from line {number}, {'please ' * number}" for number in range(9)]
+
+
+def asked(text: str, **more: Any) -> Asked:
+    given: dict[str, Any] = {"tools": (), "choice": Choice.REQUIRED, "max_new_tokens": 40, "stream": False} | more
+    return Asked(({"role": "user", "content": text},), **given)
+
+
+class Engines:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: list[Engine] = []
+
+    def __call__(self, together: int, change: Callable[[Any], None] = lambda _: None) -> Engine:
+        def load() -> ToolCaller:
+            caller = ToolCaller.load(self._folder, ROOT / "data/tools.json", threads=1, together=together > 1)
+            change(caller.runtime)
+            return caller
+
+        self._made.append(Engine(load, 100, 300, together))
+        self._made[-1].wait_until_loaded()
+        return self._made[-1]
+
+    def stop(self) -> None:
+        for engine in self._made:
+            engine.stop()
+            engine.join(5)
+
+
+@pytest.fixture
+def engines(tiny_fused: Path) -> Any:
+    made = Engines(tiny_fused)
+    yield made
+    made.stop()
+
+
+async def together(engine: Engine, texts: Sequence[str]) -> list[Piece | BaseException]:
+    return await asyncio.gather(*(engine.whole(asked(text)) for text in texts), return_exceptions=True)
+
+
+def texts(pieces: Sequence[Piece | BaseException]) -> list[str]:
+    return [piece.text if isinstance(piece, Piece) else repr(piece) for piece in pieces]
+
+
+@pytest.fixture
+def alone(engines: Engines) -> list[str]:
+    engine = engines(1)
+    return texts([asyncio.run(engine.whole(asked(text))) for text in TEXTS])
+
+
+def test_replies_together_are_those_alone(engines: Engines, alone: list[str]) -> None:
+    assert len(set(alone)) > 1, "the model would say the same to everybody"
+    assert texts(asyncio.run(together(engines(4), TEXTS))) == alone
+
+
+def test_request_with_other_tools_waits_for_those_before_it_only(engines: Engines) -> None:
+    """They have another prefix, so they do not go together; none may starve."""
+    engine = engines(3)
+    caller = engine.wait_until_loaded()
+    some = [asked(TEXTS[at], tools=caller.tools[:2] if at % 2 else ()) for at in range(6)]
+
+    async def all_of_them() -> list[Piece]:
+        return await asyncio.gather(*map(engine.whole, some))
+
+    found = asyncio.run(all_of_them())
+    assert [piece.new_tokens > 0 for piece in found] == [True] * 6
+    assert texts(found) == texts([asyncio.run(engine.whole(one)) for one in some])
+
+
+def test_cancelled_request_leaves_and_the_others_replies_stay(engines: Engines, alone: list[str]) -> None:
+    engine = engines(4)
+    runtime = engine.wait_until_loaded().runtime
+
+    async def cancel_one() -> list[Piece | BaseException]:
+        others = [asyncio.ensure_future(engine.whole(asked(text))) for text in TEXTS[1:]]
+        pieces = engine.answer(asked(TEXTS[0], stream=True))
+        await anext(pieces)
+        await pieces.aclose()
+        return await asyncio.gather(*others, return_exceptions=True)
+
+    assert texts(asyncio.run(cancel_one())) == alone[1:]
+    assert isinstance(runtime, TogetherRuntime)
+    assert not runtime.rows  # type: ignore[attr-defined]
+
+
+def test_request_for_which_memory_is_short_fails_alone(engines: Engines, alone: list[str]) -> None:
+    def short_of_memory(runtime: Any) -> None:
+        step = runtime.step_together
+
+        def fail_at_long_ones(steps: Sequence[tuple[Row, Step]]) -> list[NDArray[np.float32]]:
+            if any(len(part.feed) > longest for _, part in steps):
+                raise MemoryError("no memory left")
+            found: list[NDArray[np.float32]] = step(steps)
+            return found
+
+        runtime.step_together = fail_at_long_ones
+
+    engine = engines(4, short_of_memory)
+    caller = engine.wait_until_loaded()
+    lengths = [len(caller.encode([{"role": "user", "content": text}], caller.tools, 1)[1]) for text in TEXTS]
+    longest = max(lengths[:-1]) + len("<tool_call>")  # the opening is fed with the request, each byte a token
+    assert lengths[-1] + len("<tool_call>") > longest
+    found = texts(asyncio.run(together(engine, TEXTS)))
+    assert found == [*alone[:-1], "MemoryError('no memory left')"]
+
+
+def test_only_a_fused_model_answers_requests_together(tiny_base: Path) -> None:
+    with pytest.raises(ValueError, match="only a fused model on the CPU answers requests together"):
+        load_runtime(tiny_base, "cpu", 1, together=True)
