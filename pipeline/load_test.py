@@ -88,6 +88,7 @@ class Served:
 
 
 def run(paths: config.Paths, report: Path, serve: ServeConfig, cfg: LoadTestConfig) -> dict[str, Any]:
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
     requests = [parse_request(value, (), where) for where, value in files.read_jsonl(paths.prepared / "test.jsonl")]
     metrics: dict[str, Any] = {"model": serve.model.name, "overhead_p50_s": overhead_p50_s(paths, serve, cfg, requests)}
     served = Served(serve)
@@ -186,13 +187,27 @@ async def endurance(served: Served, serve: ServeConfig, cfg: LoadTestConfig, req
 
 
 async def overload(served: Served, serve: ServeConfig, cfg: LoadTestConfig, requests: list[Request]) -> dict[str, Any]:
-    """Everybody at once: what is over the queue's length must be refused, and soon."""
-    limits = httpx.Limits(max_connections=cfg.overload_clients)
-    async with httpx.AsyncClient(base_url=served.url, timeout=120, limits=limits) as client:
-        await asyncio.gather(*(client.get("/health") for _ in range(cfg.overload_clients)))  # connections are made
-        answers = await asyncio.gather(
-            *(ask(client, requests[at % len(requests)], cfg) for at in range(cfg.overload_clients))
-        )
+    """Everybody at once: what is over the queue's length must be refused, and soon.
+
+    Plain sockets: a client of 200 requests in Python takes seconds of the processor that the server needs.
+    """
+    port = serve.port
+    opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(cfg.overload_clients)]
+
+    async def send(at: int) -> Answered:
+        reader, writer = opened[at]
+        start = time.perf_counter()
+        writer.write(sent[at])
+        line = await reader.readline()
+        took = time.perf_counter() - start
+        writer.close()
+        return int(line.split()[1]) if line else 0, took
+
+    sent = [
+        _http_post(body(requests[at % len(requests)], cfg.max_new_tokens), port) for at in range(cfg.overload_clients)
+    ]
+    answers = await asyncio.gather(*map(send, range(cfg.overload_clients)))
+    del served
     statuses = Counter(status for status, _ in answers)
     refused = [took for status, took in answers if status == 529]
     return {
@@ -204,6 +219,12 @@ async def overload(served: Served, serve: ServeConfig, cfg: LoadTestConfig, requ
             "accepted_longest_s": max(took for status, took in answers if status == 200),
         }
     }
+
+
+def _http_post(value: dict[str, Any], port: int) -> bytes:
+    content = json.dumps(value).encode()
+    head = f"POST /v1/messages HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {len(content)}\r\n\r\n"
+    return head.encode() + content
 
 
 async def malformed(served: Served, serve: ServeConfig, cfg: LoadTestConfig, requests: list[Request]) -> dict[str, Any]:

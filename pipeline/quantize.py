@@ -12,13 +12,13 @@ from typing import Any
 
 import hydra
 from omegaconf import DictConfig
-from transformers import AutoTokenizer
 
 from pipeline import config, files
 from pipeline.model import agreement, onnx_export, onnx_quantize
 from pipeline.provenance import provenance
 from pipeline.toolcall import prompt
 from pipeline.toolcall.conversation import parse_request
+from pipeline.toolcall.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def run(fused: Path, prepared: Path, out: Path, report: Path, variant: str, cfg:
 
 def calibration_texts(fused: Path, requests: Path, n: int) -> list[tuple[list[int], int]]:
     """Tokens of `n` requests with their replies, and how many of them are a prefix that was seen before."""
-    tokenizer = AutoTokenizer.from_pretrained(fused, trust_remote_code=False)
+    tokenizer = Tokenizer(fused)
     found = [parse_request(value, (), where) for where, value in files.read_spread(requests, n)]
     seen: set[tuple[int, ...]] = set()
     texts = []

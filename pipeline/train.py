@@ -211,7 +211,7 @@ def read_examples(rows: Iterable[tuple[str, Any]], tokenizer: Any, text_weight: 
         if key not in prefixes:
             prefixes[key] = prompt.prefix_tokens(tokenizer, request.tools)
         prefix = prefixes[key]
-        asked = prompt.request_tokens(tokenizer, request.messages)
+        asked = prompt.request_tokens(tokenizer, request.messages, request.tools)
         tokens = prefix + asked + prompt.reply_tokens(tokenizer, request)
         weight = 1.0 if request.expected else text_weight
         examples.append(shared_prefix.Example(tokens, len(prefix) + len(asked), len(prefix), weight))

@@ -8,11 +8,11 @@ import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
 
 from pipeline.model.base import load_tuned
 from pipeline.toolcall import prompt
 from pipeline.toolcall.conversation import Request
+from pipeline.toolcall.tokenizer import Tokenizer
 
 Logits = NDArray[np.float32]  # (positions, vocabulary)
 
@@ -21,7 +21,7 @@ def texts(tokenizer: Any, requests: Sequence[Request]) -> list[list[int]]:
     """Prefix, request and right reply of each, as tokens."""
     return [
         prompt.prefix_tokens(tokenizer, request.tools)
-        + prompt.request_tokens(tokenizer, request.messages)
+        + prompt.request_tokens(tokenizer, request.messages, request.tools)
         + (prompt.reply_tokens(tokenizer, request) if request.expected else [])
         for request in requests
     ]
@@ -59,7 +59,7 @@ def parity(tuned: Path, exported: Path, requests: Sequence[Request], max_new_tok
     from pipeline.runtime.caller import ToolCaller, load_runtime
     from pipeline.runtime.generation import PLAIN
 
-    tokenizer = AutoTokenizer.from_pretrained(tuned, trust_remote_code=False)
+    tokenizer = Tokenizer(tuned)
     rows = texts(tokenizer, requests)
     pairs = zip(pytorch_logits(tuned, rows), onnx_logits(exported, rows), strict=True)
     difference = max(float(np.abs(one - other).max()) for one, other in pairs)
@@ -76,11 +76,13 @@ def closeness(reference: Path, other: Path, requests: Sequence[Request]) -> dict
 
     Not over the prompt: the model is never asked for it, and was not trained on it.
     """
-    tokenizer = AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
+    tokenizer = Tokenizer(reference)
     rows = texts(tokenizer, requests)
     asked_for = [
         slice(
-            len(prompt.prefix_tokens(tokenizer, r.tools)) + len(prompt.request_tokens(tokenizer, r.messages)) - 1,
+            len(prompt.prefix_tokens(tokenizer, r.tools))
+            + len(prompt.request_tokens(tokenizer, r.messages, r.tools))
+            - 1,
             -1 if r.expected else None,
         )
         for r in requests

@@ -12,9 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer
 
 from pipeline import files
 from pipeline.runtime.generation import ALL, Choice, Prompt, Runtime, Techniques, Token, generate
@@ -23,6 +20,7 @@ from pipeline.toolcall import compact, prompt
 from pipeline.toolcall.conversation import Message
 from pipeline.toolcall.grammar import Grammar
 from pipeline.toolcall.reply import parse_call, write_call
+from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool, ToolCall, parse_tools
 
 SETTINGS = "toolcaller.json"  # in a model folder: the runtime it is for
@@ -45,7 +43,9 @@ class Reply:
 class ToolCaller:
     """Not for several threads at once: its KV cache is one request's."""
 
-    def __init__(self, runtime: Runtime, tokenizer: Any, tools: tuple[Tool, ...], techniques: Techniques = ALL) -> None:
+    def __init__(
+        self, runtime: Runtime, tokenizer: Tokenizer, tools: tuple[Tool, ...], techniques: Techniques = ALL
+    ) -> None:
         self.runtime, self.tokenizer, self.tools, self.techniques = runtime, tokenizer, tools, techniques
         self._prefixes: dict[str, list[int]] = {}
         self._grammars: dict[str, Grammar] = {}
@@ -65,12 +65,12 @@ class ToolCaller:
         a released one was changed.
         """
         folder = Path(folder)
-        if not (folder / "config.json").exists():  # transformers would look for a model of that name on its hub
+        if not (folder / "config.json").exists():
             raise FileNotFoundError(f"{folder} holds no model: no config.json")
         check_manifest(folder)
         own = folder / "tools.json"
         tools = tools or (own if own.exists() else Path("data/tools.json"))
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = Tokenizer(folder)
         found = parse_tools(files.read_json(Path(tools)), str(tools))
         return cls(load_runtime(folder, device, threads), tokenizer, found, techniques)
 
@@ -112,8 +112,7 @@ class ToolCaller:
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         prefix, asked = self.encode(messages, tools, max_new_tokens)
-        text = "\n".join(message["content"] for message in messages)
-        return Prompt(prefix, asked, self.tokenizer.eos_token_id, text, choice)
+        return Prompt(prefix, asked, self.tokenizer.eos_token_id, prompt.request_text(messages), choice)
 
     def stream(self, prompted: Prompt, tools: tuple[Tool, ...], max_new_tokens: int) -> Iterator[Token]:
         """Token by token, the end token last unless cut off; to close the iterator stops the model."""
@@ -127,7 +126,7 @@ class ToolCaller:
         if key not in self._prefixes:
             self._prefixes[key] = prompt.prefix_tokens(self.tokenizer, tools)
         prefix = self._prefixes[key]
-        asked = prompt.request_tokens(self.tokenizer, messages)
+        asked = prompt.request_tokens(self.tokenizer, messages, tools)
         if self.runtime.context_tokens < len(prefix) + len(asked) + max_new_tokens:
             raise ValueError(
                 f"a request of {len(prefix) + len(asked)} tokens and a reply of {max_new_tokens} do not fit "
@@ -140,7 +139,7 @@ class ToolCaller:
             return None
         key = _key(tools)
         if key not in self._grammars:
-            self._grammars[key] = Grammar(self.tokenizer, tools)
+            self._grammars[key] = Grammar(self.tokenizer.vocabulary, tools)
         return self._grammars[key]
 
     def decode(self, tokens: Sequence[Token], tools: tuple[Tool, ...]) -> tuple[str, float]:

@@ -152,7 +152,7 @@ class Server:
             caller = self.engine.wait_until_loaded()
             tools = asked.tools or caller.tools
             prefix, own = _reading(lambda: caller.encode(asked.messages, tools, 0))
-        except (RefusedError, ClientDisconnect) as error:
+        except (RefusedError, BusyError, ClientDisconnect) as error:
             return self._failed(error, ANTHROPIC, time.perf_counter())
         return JSONResponse({"input_tokens": len(prefix) + len(own)})
 
@@ -200,7 +200,9 @@ class Server:
         return self.engine.caller.tools if self.engine.caller else ()
 
     async def _body(self, request: Request, kind: type[T]) -> T:
-        """Raises RefusedError where the client has no key, sends too much, too slowly, or breaks the format."""
+        """Raises RefusedError where the client has no key, sends too much, too slowly, or breaks the format, and
+        BusyError where the queue is full.
+        """
         self._authorize(request)
         if not self.engine.ready:
             raise RefusedError(503, "the server is starting or about to stop")
@@ -215,6 +217,7 @@ class Server:
             raise RefusedError(
                 408, f"the request took longer than {self.limits.read_timeout_s:g} s to arrive"
             ) from error
+        self.engine.require_place()
         try:
             return kind.model_validate_json(bytes(content))  # type: ignore[attr-defined, no-any-return]
         except ValidationError as error:

@@ -1,6 +1,7 @@
 """One thread that owns the model; requests wait for it in a queue of limited length."""
 
 import asyncio
+import os
 import threading
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from pipeline.toolcall.reply import OPENING
 from pipeline.toolcall.tool import Tool
 
 CUT = "\n[cut]"
+NICE = 5
 
 
 class BusyError(Exception):
@@ -131,12 +133,16 @@ class Engine:
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
 
+    def require_place(self) -> None:
+        """Raises BusyError where the queue is full: to know that before a request is read is soon for its client."""
+        if len(self._waiting) >= self._queue_length:
+            raise BusyError(f"{len(self._waiting)} requests are waiting, and no more may")
+
     def _submit(self, job: _Job) -> None:
         with self._changed:
             if self._stopping:
                 raise DrainingError("the server is about to stop")
-            if len(self._waiting) >= self._queue_length:
-                raise BusyError(f"{len(self._waiting)} requests are waiting, and no more may")
+            self.require_place()
             self._waiting.append(job)
             self._changed.notify()
 
@@ -155,6 +161,8 @@ class Engine:
             return self._waiting.popleft()
 
     def _work(self) -> None:
+        # The model's threads, which begin with this one's priority, leave the processor to who reads and refuses.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:
             self.caller = self._load()
         except Exception as error:  # noqa: BLE001 - handed to the thread that waits for the model

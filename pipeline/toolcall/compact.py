@@ -1,12 +1,13 @@
 """The form in which the model itself writes a call: an argument a line, texts as they are.
 
     <tool_call>Edit
-    file_path: src/app.py
-    old_string: print("a\\n")
+    file_path = src/app.py
+    old_string = print("a\\n")
     new_string: log.info("a\\n")
 
-Nothing is quoted or escaped, so what is copied from a request has the tokens that it has there, and a call has half
-as many tokens as in JSON. Outside of the model calls stand as JSON (reply.py).
+`=` says that the value is copied from the request (copies.py), `:` that it is the model's own. Nothing is quoted or
+escaped, so what is copied has the tokens that it has there, and a call has half as many as in JSON. Outside of the
+model calls stand as JSON (reply.py).
 """
 
 import json
@@ -14,6 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.toolcall import copies
 from pipeline.toolcall.reply import OPENING
 from pipeline.toolcall.tool import Tool, ToolCall, find_tool
 
@@ -26,15 +28,19 @@ def is_text(schema: Any) -> bool:
     return isinstance(schema, dict) and schema.get("type") == "string" and schema.keys() <= _TEXT_KEYWORDS
 
 
-def write(call: ToolCall, tools: Sequence[Tool]) -> str:
-    """In the order of the tool's schema. Raises ValueError where `read` would take the text for another call."""
+def write(call: ToolCall, tools: Sequence[Tool], text: str = "") -> str:
+    """In the order of the tool's schema; `text` is the request, of which arguments are copies."""
     tool = find_tool(tools, call.name)
-    order = list(tool.parameters.get("properties", {})) if tool else []
+    properties = tool.parameters.get("properties", {}) if tool else {}
+    order = list(properties)
     names = sorted(call.arguments, key=lambda name: order.index(name) if name in order else len(order))
-    text = OPENING + call.name + "".join(f"\n{name}: {_write(call.arguments[name], name, tool)}" for name in names)
-    if tool and read(text, tools) != call:
-        raise ValueError(f"a value of this call of {call.name} looks like its next argument: {text!r}")
-    return text
+    lines = [OPENING + call.name]
+    for name in names:
+        value, schema = call.arguments[name], properties.get(name)
+        copy = copies.copied(schema, value, call.arguments, text)
+        separator = copies.separators(schema)[0] if copy is not None else copies.OWN
+        lines.append(name + separator + (_write(value, schema, tool) if copy is None else copy))
+    return "\n".join(lines)
 
 
 def read(text: str, tools: Sequence[Tool]) -> ToolCall | None:
@@ -49,29 +55,34 @@ def read(text: str, tools: Sequence[Tool]) -> ToolCall | None:
     arguments: dict[str, Any] = {}
     left, names = line + rest, list(properties)
     while left:
-        key = _key(names).match(left)
+        key = _key(names, properties).match(left)
         if key is None:
             return None
-        names = names[names.index(key[1]) + 1 :]
-        following = _key(names).search(left, key.end()) if names else None
+        argument, separator, _ = key[1].rpartition(copies.COPY if key[1].endswith(copies.COPY) else copies.OWN)
+        names = names[names.index(argument) + 1 :]
+        following = _key(names, properties).search(left, key.end())
         end = following.start() if following else len(left)
-        arguments[key[1]] = _read(left[key.end() : end], properties[key[1]])
+        arguments[argument] = _read(left[key.end() : end], properties[argument], separator, arguments)
         left = left[end:]
     return ToolCall(name, arguments)
 
 
-def _key(names: Sequence[str]) -> re.Pattern[str]:
-    return re.compile(f"\n({'|'.join(map(re.escape, names))}): ") if names else re.compile("(?!)")
+def _key(names: Sequence[str], properties: dict[str, Any]) -> re.Pattern[str]:
+    keys = [re.escape(name + separator) for name in names for separator in copies.separators(properties[name])]
+    return re.compile(f"\n({'|'.join(keys)})" if keys else "(?!)")
 
 
-def _write(value: Any, name: str, tool: Tool | None) -> str:
-    schema = tool.parameters.get("properties", {}).get(name) if tool else None
+def _write(value: Any, schema: Any, tool: Tool | None) -> str:
     if isinstance(value, str) and (tool is None or is_text(schema)):
         return value
     return json.dumps(value, ensure_ascii=False)
 
 
-def _read(value: str, schema: Any) -> Any:
+def _read(value: str, schema: Any, separator: str, before: dict[str, Any]) -> Any:
+    if separator == copies.COPY or copies.form_of(schema):
+        restored = copies.restored(schema, value, before)
+        if restored is not None:
+            return restored
     if is_text(schema):
         return value
     try:

@@ -1,8 +1,7 @@
 """What a call may look like, token by token, from the tools' JSON schemas (llguidance).
 
-Free text stays free: the grammar holds a reply only once it has begun with `<tool_call>`. A parameter that its
-schema marks `"x-copy": "span"` can only be a span of whole words of the request, one marked "path" also two spans
-with a slash between ("api.md in docs"): small models misspell what they copy, and stop too soon.
+Free text stays free: the grammar holds a reply only once it has begun with `<tool_call>`. What is copied (copies.py)
+can only be whole words of the request: small models misspell, and stop too soon.
 """
 
 import json
@@ -11,12 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher
-from llguidance.hf import from_tokenizer
+from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, apply_token_bitmask_inplace, fill_next_token_bitmask
 from numpy.typing import NDArray
 
+from pipeline.toolcall import copies
 from pipeline.toolcall.compact import is_text
+from pipeline.toolcall.copies import separators
 from pipeline.toolcall.reply import OPENING
 from pipeline.toolcall.tool import Tool
 
@@ -24,8 +24,8 @@ from pipeline.toolcall.tool import Tool
 class Grammar:
     """The grammar of one list of tools. Raises ValueError naming the tool whose schema it cannot express."""
 
-    def __init__(self, tokenizer: Any, tools: Sequence[Tool]) -> None:
-        self._vocabulary = from_tokenizer(tokenizer, n_vocab=len(tokenizer))
+    def __init__(self, vocabulary: LLTokenizer, tools: Sequence[Tool]) -> None:
+        self._vocabulary = vocabulary
         for tool in tools:
             if unknown := tool.parameters.keys() - KEYWORDS:
                 raise ValueError(
@@ -34,7 +34,7 @@ class Grammar:
             failed, why = LLMatcher.validate_grammar_with_warnings(_lark([tool]), self._vocabulary)
             if failed:
                 raise ValueError(f"tool {tool.name}: its parameters make no grammar: {'; '.join(why)}")
-        self._tools, self._copies = tools, any(map(_copied, tools))
+        self._tools, self._copies = tools, any(map(_copies_text, tools))
         self._fresh = LLMatcher(self._vocabulary, _lark(tools))
         self.opening: list[int] = self._fresh.compute_ff_tokens()
 
@@ -80,7 +80,8 @@ class Guide:
 
 # Of a tool's parameters. An argument that is not among the properties is never right, whatever they say.
 KEYWORDS = {"type", "properties", "required", "additionalProperties", "description", "title", "$schema", "$defs"}
-WORD = re.compile(r"\w+|\W")
+ANY = "/(?s:.*)/"
+TEXTS = (ANY, "SPAN", "PATH")
 SPACES = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
@@ -90,74 +91,77 @@ def _lark(tools: Sequence[Tool], text: str = "") -> str:
         [
             f"start: {json.dumps(OPENING)} ({' | '.join(calls)})",
             'PATH: SPAN ("/" SPAN)?',
-            f"SPAN: %regex {json.dumps({'substring_chunks': WORD.findall(text)})}",
-            "REST: /(?s:.*)/",
+            f"SPAN: %regex {json.dumps({'substring_chunks': copies.words(text)})}",
             *(rule for number, tool in enumerate(tools) for rule in _call(number, tool)),
         ]
     )
 
 
 def _call(number: int, tool: Tool) -> list[str]:
-    """A tool's rules. `after` an argument may come any later one up to the next that is required, or the end.
-
-    A text goes on until the name of such an argument begins a line: that name is part of its token, because the
-    lexer never goes back.
-    """
+    """A tool's rules. `after` an argument may come any later one up to the next that is required, or the end."""
     properties = list(tool.parameters.get("properties", {}).items())
     required = tool.parameters.get("required", [])
+    ways = [
+        [(separator, _value(schema, separator, tool)) for separator in separators(schema)] for _, schema in properties
+    ]
 
-    def following(at: int) -> tuple[list[int], bool]:
-        """Numbers of the arguments that may come after the first `at`, and whether the end may."""
-        found: list[int] = []
+    def following(at: int) -> tuple[list[tuple[str, str]], bool]:
+        """Keys of the arguments that may come after the first `at`, with their rules, and whether the end may."""
+        found: list[tuple[str, str]] = []
         for later in range(at, len(properties)):
-            found.append(later)
-            if properties[later][0] in required:
+            name = properties[later][0]
+            found += [(name + key, f"value{number}_{later}_{way}") for way, (key, _) in enumerate(ways[later])]
+            if name in required:
                 return found, False
         return found, True
 
     def after(at: int) -> str:
-        later, ends = following(at)
-        ways = [f"{_key(properties[found][0])} value{number}_{found}" for found in later]
-        return " | ".join([*ways, *(['""'] if ends else [])])
+        keys, ends = following(at)
+        return " | ".join([*(f"{_line(key)} {rule}" for key, rule in keys), *(['""'] if ends else [])])
 
     rules = [f"call{number}: {json.dumps(tool.name)} ({after(0)})"]
-    for at, (name, schema) in enumerate(properties):
-        rule = f"value{number}_{at}"
-        held = _held(schema, tool)
-        if held is not None:
-            rules.append(f"{rule}: {held} ({after(at + 1)})")
-            continue
-        later, ends = following(at + 1)
-        copied = _copied(tool).get(name, "").upper()
-        until = f"{'UNTIL' if copied else 'until'}{number}_{at}"  # llguidance: a terminal, or a rule that can be lazy
-        ways = [f"{until}_{found} value{number}_{found}" for found in later]
-        rules.append(f"{rule}: {' | '.join([*ways, *([copied or 'REST'] if ends else [])])}")
-        for found in later:
-            key = properties[found][0]
-            free = f"{until}_{found}[lazy]: /(?s:.*)\\n{re.escape(key)}: /"
-            rules.append(f"{until}_{found}: {copied} {_key(key)}" if copied else free)
+    for at, found in enumerate(ways):
+        for way, (_, value) in enumerate(found):
+            rule = f"value{number}_{at}_{way}"
+            rules += (
+                _text(rule, value, *following(at + 1)) if value in TEXTS else [f"{rule}: {value} ({after(at + 1)})"]
+            )
     return rules
 
 
-def _key(name: str) -> str:
-    return json.dumps(f"\n{name}: ", ensure_ascii=False)
+def _text(rule: str, text: str, keys: list[tuple[str, str]], ends: bool) -> list[str]:
+    """A text goes on until the name of a later argument begins a line: that name is part of its token, because the
+    lexer never goes back.
+    """
+    rules, ways = [], [text] if ends else []
+    for way, (key, following) in enumerate(keys):
+        if text == ANY:
+            rules.append(f"{rule}_{way}[lazy]: /(?s:.*)\\n{re.escape(key)}/")
+            ways.append(f"{rule}_{way} {following}")
+        else:  # llguidance: what is lazy is a rule, what is put together a terminal
+            rules.append(f"{rule.upper()}_{way}: {text} {_line(key)}")
+            ways.append(f"{rule.upper()}_{way} {following}")
+    return [*rules, f"{rule}: {' | '.join(ways)}"]
 
 
-def _held(schema: Any, tool: Tool) -> str | None:
-    """The rule of a value that is no text, or one of a few."""
+def _line(key: str) -> str:
+    return json.dumps(f"\n{key}", ensure_ascii=False)
+
+
+def _value(schema: Any, separator: str, tool: Tool) -> str:
+    """How a value after `separator` is held."""
     if not is_text(schema):
         named = {"$defs": tool.parameters["$defs"]} if "$defs" in tool.parameters else {}
-        wanted = schema if isinstance(schema, dict) else {}
-        return f"%json {json.dumps({**wanted, **named, 'x-guidance': SPACES})}"
+        wanted = {key: value for key, value in schema.items() if key != "x-copy"} if isinstance(schema, dict) else {}
+        rule = f"%json {json.dumps({**wanted, **named, 'x-guidance': SPACES})}"
+        return f"({rule} | /{form}/)" if (form := copies.form_of(schema)) else rule
     if "enum" in schema or "const" in schema:
         allowed = schema.get("enum", [schema.get("const")])
         return "(" + " | ".join(json.dumps(value, ensure_ascii=False) for value in allowed) + ")"
-    return None
+    if separator == copies.OWN:
+        return ANY
+    return "PATH" if copies.copy_of(schema) == "path" else "SPAN"
 
 
-def _copied(tool: Tool) -> dict[str, str]:
-    """The parameters that are copied from the request, and how."""
-    properties = tool.parameters.get("properties", {})
-    return {
-        name: schema["x-copy"] for name, schema in properties.items() if isinstance(schema, dict) and "x-copy" in schema
-    }
+def _copies_text(tool: Tool) -> bool:
+    return any(copies.copy_of(schema) in copies.SEPARATORS for schema in tool.parameters.get("properties", {}).values())

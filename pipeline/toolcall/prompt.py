@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.toolcall import compact
 from pipeline.toolcall.conversation import Message, Request
+from pipeline.toolcall.copies import copy_of
 from pipeline.toolcall.reply import OPENING, parse_call
 from pipeline.toolcall.tool import Tool
 
@@ -23,8 +24,8 @@ def system_prompt(tools: Sequence[Tool]) -> str:
     return (
         "You make tool calls. Tools:\n"
         + "\n".join(lines)
-        + f"\nReply with {OPENING}NAME and a line `argument: value` each, or with plain text if no tool fits or "
-        "something is missing."
+        + f"\nReply with {OPENING}NAME and a line `argument: value` or `argument = copy` each, or with plain text if "
+        "no tool fits or something is missing."
     )
 
 
@@ -42,7 +43,10 @@ def _kind(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return ": " + "|".join(str(value) for value in schema["enum"])
     kind = schema.get("type", "any")
-    return "" if kind == "string" else f": {'|'.join(kind) if isinstance(kind, list) else kind}"
+    if kind == "string":
+        return ": regex" if copy_of(schema) == "regex" else ""
+    form = {"milliseconds": "|time", "last": "|to"}.get(copy_of(schema).partition(":")[0], "")
+    return f": {'|'.join(kind) if isinstance(kind, list) else kind}{form}"
 
 
 def prefix_tokens(tokenizer: Tokenizer, tools: Sequence[Tool]) -> list[int]:
@@ -53,26 +57,32 @@ def prefix_tokens(tokenizer: Tokenizer, tools: Sequence[Tool]) -> list[int]:
     ]
 
 
-def request_tokens(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """What follows the prefix, up to where the reply begins."""
+def request_tokens(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
+    """What follows the prefix, up to where the reply begins; earlier calls in the form in which the model writes."""
     tokens: list[int] = []
-    for message in messages:
+    for at, message in enumerate(messages):
+        call = parse_call(message["content"]) if message["role"] == "assistant" else None
+        text = compact.write(call, tools, request_text(messages[:at])) if call else message["content"]
         tokens += _markup(tokenizer, f"{START}{message['role']}\n")
-        tokens += _text(tokenizer, _own(message))
+        tokens += _text(tokenizer, text)
         tokens += _markup(tokenizer, f"{END}\n")
     return tokens + _markup(tokenizer, f"{START}assistant\n")
 
 
-def _own(message: Message) -> str:
-    """The text of a message; a call of the model's in the form in which it wrote it."""
-    call = parse_call(message["content"]) if message["role"] == "assistant" else None
-    return compact.write(call, ()) if call else message["content"]
+def request_text(messages: Sequence[Message]) -> str:
+    """What arguments are copied from."""
+    return "\n".join(message["content"] for message in messages)
 
 
 def reply_tokens(tokenizer: Tokenizer, request: Request) -> list[int]:
-    """The right reply and the end token. Raises ValueError where a request has neither call nor text."""
+    """The right reply and the end token.
+
+    Raises ValueError where a request has neither call nor text, or its call would be read as another.
+    """
     if request.expected:
-        text = compact.write(request.expected, request.tools)
+        text = compact.write(request.expected, request.tools, request_text(request.messages))
+        if compact.read(text, request.tools) != request.expected:
+            raise ValueError(f"request {request.id}: a value of its call looks like the next argument: {text!r}")
     elif request.reply:
         text = request.reply
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 
-COPIES = ("span", "path")  # what "x-copy" may say: the argument is a span of the request, or two joined by a slash
+from pipeline.toolcall import copies
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,10 @@ def _parse_tool(value: Any, where: str) -> Tool:
         raise ValueError(f"{where} ({name}): parameters are no JSON schema: {error.message}") from error
     if parameters.get("type") != "object":
         raise ValueError(f"{where} ({name}): parameters must be of type object")
-    for argument, schema in parameters.get("properties", {}).items():
-        if (
-            isinstance(schema, dict)
-            and "x-copy" in schema
-            and (schema["x-copy"] not in COPIES or schema.get("type") != "string")
-        ):
-            raise ValueError(
-                f"{where} ({name}): {argument}: x-copy must be one of {list(COPIES)}, beside type string, "
-                f"got {schema['x-copy']!r} beside {schema.get('type')!r}"
-            )
+    properties = parameters.get("properties", {})
+    for at, (argument, schema) in enumerate(properties.items()):
+        if isinstance(schema, dict) and "x-copy" in schema and (wrong := copies.fault(schema, list(properties)[:at])):
+            raise ValueError(f"{where} ({name}): {argument}: {wrong}")
     return Tool(name, description, parameters)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.runtime.generation import ALL, PLAIN, Choice, NullRuntime, Prompt, Techniques, Token, generate
 from pipeline.toolcall import compact
 from pipeline.toolcall.grammar import Grammar
+from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool
 
 GRAMMAR_ONLY = Techniques(grammar=True, forced=False, draft_tokens=0)
@@ -63,13 +63,12 @@ class RandomRuntime:
 
 
 @pytest.fixture
-def tokenizer(tiny_base: Path) -> PreTrainedTokenizerFast:
-    found: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(tiny_base)
-    return found
+def tokenizer(tiny_base: Path) -> Tokenizer:
+    return Tokenizer(tiny_base)
 
 
-def replies(tokenizer: PreTrainedTokenizerFast, use: Techniques, seed: int) -> tuple[list[Token], int]:
-    grammar = Grammar(tokenizer, TOOLS)
+def replies(tokenizer: Tokenizer, use: Techniques, seed: int) -> tuple[list[Token], int]:
+    grammar = Grammar(tokenizer.vocabulary, TOOLS)
     asked = tokenizer.encode('find "ab" in cd/ef', add_special_tokens=False)
     liked = tokenizer.encode('"abcdef}', add_special_tokens=False)
     runtime = RandomRuntime(seed, grammar.opening, liked, len(tokenizer))
@@ -80,9 +79,7 @@ def replies(tokenizer: PreTrainedTokenizerFast, use: Techniques, seed: int) -> t
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("draft_tokens", [0, 1, 4])
 @pytest.mark.parametrize("forced", [False, True])
-def test_techniques_leave_the_reply_as_it_is(
-    tokenizer: PreTrainedTokenizerFast, seed: int, draft_tokens: int, forced: bool
-) -> None:
+def test_techniques_leave_the_reply_as_it_is(tokenizer: Tokenizer, seed: int, draft_tokens: int, forced: bool) -> None:
     expected, steps = replies(tokenizer, GRAMMAR_ONLY, seed)
     found, fewer = replies(tokenizer, Techniques(True, forced, draft_tokens), seed)
     assert [token.id for token in found] == [token.id for token in expected]
@@ -91,7 +88,7 @@ def test_techniques_leave_the_reply_as_it_is(
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_grammar_makes_every_finished_call_fit_its_tool(tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+def test_grammar_makes_every_finished_call_fit_its_tool(tokenizer: Tokenizer, seed: int) -> None:
     found, _ = replies(tokenizer, GRAMMAR_ONLY, seed)
     assert any(token.changed for token in found), "random logits would have kept to the schema by chance"
     if found[-1].id == tokenizer.eos_token_id:
@@ -101,26 +98,26 @@ def test_grammar_makes_every_finished_call_fit_its_tool(tokenizer: PreTrainedTok
         assert tool.fault(call.arguments) is None
 
 
-def test_some_random_calls_finish(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_some_random_calls_finish(tokenizer: Tokenizer) -> None:
     """Else the test above would assert nothing."""
     ends = [replies(tokenizer, GRAMMAR_ONLY, seed)[0][-1].id for seed in range(20)]
     assert ends.count(tokenizer.eos_token_id) >= 10
 
 
-def test_text_stays_free(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_text_stays_free(tokenizer: Tokenizer) -> None:
     text = tokenizer.encode('<tool> is no {"call"', add_special_tokens=False)
     runtime = NullRuntime([*text, tokenizer.eos_token_id], len(tokenizer))
     prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "")
     for use in (PLAIN, Techniques(True, True, 4)):
-        found = list(generate(runtime, prompt, Grammar(tokenizer, TOOLS), use))
+        found = list(generate(runtime, prompt, Grammar(tokenizer.vocabulary, TOOLS), use))
         assert [token.id for token in found] == [*text, tokenizer.eos_token_id]
         assert not any(token.changed for token in found)
 
 
-def test_required_call_is_made_by_a_model_that_would_write_text(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_required_call_is_made_by_a_model_that_would_write_text(tokenizer: Tokenizer) -> None:
     runtime = NullRuntime([*tokenizer.encode("no", add_special_tokens=False), tokenizer.eos_token_id], len(tokenizer))
     prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "", Choice.REQUIRED)
-    found = [token.id for token in islice(generate(runtime, prompt, Grammar(tokenizer, TOOLS), ALL), 40)]
+    found = [token.id for token in islice(generate(runtime, prompt, Grammar(tokenizer.vocabulary, TOOLS), ALL), 40)]
     assert str(tokenizer.decode(found)).startswith(("<tool_call>Grep", "<tool_call>Wait"))
     with pytest.raises(ValueError, match="a call is required, but without tools"):
         next(generate(runtime, prompt, None, ALL))
@@ -128,11 +125,9 @@ def test_required_call_is_made_by_a_model_that_would_write_text(tokenizer: PreTr
 
 @pytest.mark.parametrize("choice", [Choice.AUTO, Choice.REQUIRED])
 @pytest.mark.parametrize("use", [ALL, GRAMMAR_ONLY])
-def test_call_that_is_forced_as_a_whole_ends(
-    tokenizer: PreTrainedTokenizerFast, choice: Choice, use: Techniques
-) -> None:
+def test_call_that_is_forced_as_a_whole_ends(tokenizer: Tokenizer, choice: Choice, use: Techniques) -> None:
     """Of the only tool on offer, without arguments: the grammar was asked for more after its end."""
-    grammar = Grammar(tokenizer, [Tool("Stop", "", {"type": "object", "properties": {}})])
+    grammar = Grammar(tokenizer.vocabulary, [Tool("Stop", "", {"type": "object", "properties": {}})])
     runtime = NullRuntime([*grammar.opening, tokenizer.eos_token_id], len(tokenizer))
     prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "", choice)
     found = [token.id for token in generate(runtime, prompt, grammar, use)]
@@ -140,15 +135,15 @@ def test_call_that_is_forced_as_a_whole_ends(
     assert str(tokenizer.decode(found[:-1])) == "<tool_call>Stop"
 
 
-def test_forbidden_call_is_not_begun(tokenizer: PreTrainedTokenizerFast) -> None:
-    grammar = Grammar(tokenizer, TOOLS)
+def test_forbidden_call_is_not_begun(tokenizer: Tokenizer) -> None:
+    grammar = Grammar(tokenizer.vocabulary, TOOLS)
     runtime = NullRuntime([*grammar.opening, tokenizer.eos_token_id], len(tokenizer))
     prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "", Choice.NONE)
     found = next(generate(runtime, prompt, grammar, ALL))
     assert found.id != grammar.opening[0]
 
 
-def test_grammar_names_the_tool_it_cannot_express(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_grammar_names_the_tool_it_cannot_express(tokenizer: Tokenizer) -> None:
     odd = Tool("Odd", "Odd.", {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)y"}}})
     with pytest.raises(ValueError, match="tool Odd: its parameters make no grammar"):
-        Grammar(tokenizer, [TOOLS[0], odd])
+        Grammar(tokenizer.vocabulary, [TOOLS[0], odd])

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import uvicorn
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
 
 from pipeline import files
 from pipeline.runtime.caller import ToolCaller
 from pipeline.serving.app import Limits, Server
 from pipeline.serving.engine import Engine
 from pipeline.toolcall import compact
+from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import ToolCall, parse_tools
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ Serve = Callable[..., Served]
 
 @pytest.fixture
 def serve(tiny_base: Path) -> Iterator[Serve]:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer = Tokenizer(tiny_base)
     tools = parse_tools(files.read_json(ROOT / "data/tools.json"), "data/tools.json")
     stops: list[tuple[uvicorn.Server, threading.Thread, Engine]] = []
 

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -5,6 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.toolcall.compact import read, write
+from pipeline.toolcall.conversation import Request
+from pipeline.toolcall.prompt import reply_tokens
+from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool, ToolCall
 
 PROPERTIES: dict[str, Any] = {
@@ -45,9 +49,11 @@ def test_what_is_no_call_is_none(text: str) -> None:
     assert found is None or TOOL.fault(found.arguments)
 
 
-def test_value_that_looks_like_the_next_argument_is_refused() -> None:
-    with pytest.raises(ValueError, match="looks like its next argument"):
-        write(ToolCall("Put", {"path": "a\ncount: 3"}), [TOOL])
+def test_value_that_looks_like_the_next_argument_is_not_trained_on(tiny_base: Path) -> None:
+    messages = ({"role": "user", "content": "x"},)
+    request = Request("r1", "Put", messages, (TOOL,), ToolCall("Put", {"path": "a\ncount: 3"}))
+    with pytest.raises(ValueError, match="request r1: a value of its call looks like the next argument"):
+        reply_tokens(Tokenizer(tiny_base), request)
 
 
 def test_value_of_another_kind_is_read_and_does_not_fit() -> None:

@@ -3,10 +3,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from pipeline.toolcall import compact
 from pipeline.toolcall.grammar import Grammar
+from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool, ToolCall, parse_tools
 
 COPYING = {
@@ -27,7 +27,7 @@ TEXT = 'In b c.py under src, replace\n```\nx = "é\\n"\n```\nby y'
 
 
 def allows(tokenizer: Any, call: ToolCall, tools: tuple[Tool, ...]) -> bool:
-    guide = Grammar(tokenizer, tools).start(TEXT)
+    guide = Grammar(tokenizer.vocabulary, tools).start(TEXT)
     tokens = tokenizer.encode(compact.write(call, tools), add_special_tokens=False, split_special_tokens=True)
     try:
         guide.accept([*tokens, tokenizer.eos_token_id])
@@ -57,7 +57,7 @@ def allows(tokenizer: Any, call: ToolCall, tools: tuple[Tool, ...]) -> bool:
 )
 def test_copied_arguments_are_spans_of_the_request(tiny_base: Path, arguments: dict[str, Any], allowed: bool) -> None:
     tools = parse_tools([COPYING, {"name": "Stop", "parameters": {"type": "object"}}], "tools.json")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer = Tokenizer(tiny_base)
     assert allows(tokenizer, ToolCall("Edit", arguments), tools) is allowed
     assert allows(tokenizer, ToolCall("Stop", {}), tools)
 
@@ -66,11 +66,4 @@ def test_without_copied_arguments_any_text_is_allowed(tiny_base: Path) -> None:
     free = json.loads(json.dumps(COPYING).replace(', "x-copy": "path"', "").replace(', "x-copy": "span"', ""))
     arguments = {"file_path": "lib/x", "old_string": "nowhere", "new_string": ""}
     call = ToolCall("Edit", arguments)
-    assert allows(AutoTokenizer.from_pretrained(tiny_base), call, parse_tools([free], "tools.json"))
-
-
-@pytest.mark.parametrize("schema", [{"type": "string", "x-copy": True}, {"type": "integer", "x-copy": "span"}])
-def test_unknown_copy_is_refused(schema: dict[str, Any]) -> None:
-    tool = {"name": "T", "parameters": {"type": "object", "properties": {"a": schema}}}
-    with pytest.raises(ValueError, match=r"tools.json: tool 1 \(T\): a: x-copy must be one of \['span', 'path'\]"):
-        parse_tools([tool], "tools.json")
+    assert allows(Tokenizer(tiny_base), call, parse_tools([free], "tools.json"))

@@ -1,0 +1,109 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.toolcall import compact
+from pipeline.toolcall.grammar import Grammar
+from pipeline.toolcall.tokenizer import Tokenizer
+from pipeline.toolcall.tool import Tool, ToolCall, parse_tools
+
+SCHEMAS: dict[str, Any] = {
+    "file": {"type": "string", "x-copy": "path"},
+    "offset": {"type": "integer"},
+    "limit": {"type": "integer", "minimum": 1, "x-copy": "last:offset"},
+    "timeout": {"type": "integer", "minimum": 1, "x-copy": "milliseconds"},
+    "pattern": {"type": "string", "x-copy": "regex"},
+    "text": {"type": "string", "x-copy": "text"},
+}
+TOOL = {"name": "T", "parameters": {"type": "object", "properties": SCHEMAS, "additionalProperties": False}}
+TOOLS: tuple[Tool, ...] = parse_tools([TOOL], "tools.json")
+
+
+@pytest.mark.parametrize(
+    ("request_text", "arguments", "written"),
+    [
+        ("lines 40 to 60", {"offset": 40, "limit": 21}, "offset: 40\nlimit: to 60"),
+        ("21 lines from 40 on", {"offset": 40, "limit": 21}, "offset: 40\nlimit: 21"),
+        ("21 lines from 40 to 60", {"offset": 40, "limit": 21}, "offset: 40\nlimit: 21"),
+        ("line 40", {"offset": 40, "limit": 1}, "offset: 40\nlimit: 1"),
+        ("up to 60", {"limit": 60}, "limit: 60"),
+        ("for 2 minutes", {"timeout": 120_000}, "timeout: 2 min"),
+        ("for 120 seconds", {"timeout": 120_000}, "timeout: 120 s"),
+        ("60m", {"timeout": 3_600_000}, "timeout: 60 min"),
+        ("an hour", {"timeout": 3_600_000}, "timeout: 1 h"),
+        ("120000 ms", {"timeout": 120_000}, "timeout: 120000"),
+        ("1.5 s", {"timeout": 1500}, "timeout: 1500"),
+        ("find a.b(c[0])", {"pattern": r"a.b\(c\[0\]\)"}, "pattern = a.b(c[0])"),
+        ("find a.b", {"pattern": r"a\.b"}, r"pattern: a\.b"),
+        ("find ^a+", {"pattern": "^a+"}, "pattern: ^a+"),
+        (r"a backslash, \ ", {"pattern": r"\\"}, "pattern = \\"),
+        ("write a b", {"text": "a b"}, "text = a b"),
+        ("write abc", {"text": "ab"}, "text: ab"),  # half a word
+        ("write = a", {"text": "= a"}, "text = = a"),
+        ("write", {"text": ""}, "text: "),
+        ("a in b", {"file": "b/a"}, "file = b/a"),
+    ],
+)
+def test_what_can_be_copied_is_copied(
+    tiny_base: Path, request_text: str, arguments: dict[str, Any], written: str
+) -> None:
+    call = ToolCall("T", arguments)
+    found = compact.write(call, TOOLS, request_text)
+    assert found == f"<tool_call>T\n{written}"
+    assert compact.read(found, TOOLS) == call
+    tokenizer = Tokenizer(tiny_base)
+    guide = Grammar(tokenizer.vocabulary, TOOLS).start(request_text)
+    guide.accept(tokenizer.encode(found, add_special_tokens=False, split_special_tokens=True))
+    if not guide.finished:  # it has where nothing else could follow
+        guide.accept([tokenizer.eos_token_id])
+    assert guide.finished
+
+
+@given(
+    st.text(),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "offset": st.integers(0, 10**6),
+            "limit": st.integers(1, 10**6),
+            "timeout": st.integers(1, 10**9),
+            "pattern": st.text(st.sampled_from("ab \\^$.*+?()[]{}|=\n")),
+            "text": st.text(),
+        },
+    ),
+)
+def test_any_call_is_read_as_it_was_written(text: str, arguments: dict[str, Any]) -> None:
+    call = ToolCall("T", arguments)
+    around = f"{text} {json.dumps(arguments)}"
+    assert compact.read(compact.write(call, TOOLS, around), TOOLS) == call
+
+
+@pytest.mark.parametrize("written", ["limit: to 5", "offset: 9\nlimit: to 5", "timeout: 9 h", "timeout: 90 s"])
+def test_every_number_so_written_fits_its_schema(written: str) -> None:
+    call = compact.read(f"<tool_call>T\n{written}", TOOLS)
+    assert call is not None
+    assert TOOLS[0].fault(call.arguments) is None
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "string", "x-copy": True}, r"x-copy must be one of \['span', 'path', 'text', 'regex'"),
+        ({"type": "integer", "x-copy": "span"}, "x-copy span is for a string of any form"),
+        ({"type": "string", "enum": ["a"], "x-copy": "text"}, "x-copy text is for a string of any form"),
+        (
+            {"type": "integer", "maximum": 9, "x-copy": "milliseconds"},
+            "x-copy milliseconds is for an integer of any size from 1 on",
+        ),
+        ({"type": "integer", "x-copy": "last:b"}, r"x-copy last:b must name an argument before it: \['first'\]"),
+    ],
+)
+def test_unknown_copy_is_refused(schema: dict[str, Any], message: str) -> None:
+    properties = {"first": {"type": "integer"}, "a": schema, "b": {"type": "integer"}}
+    tool = {"name": "T", "parameters": {"type": "object", "properties": properties}}
+    with pytest.raises(ValueError, match=rf"tools.json: tool 1 \(T\): a: {message}"):
+        parse_tools([tool], "tools.json")
