@@ -59,6 +59,7 @@ def _bars(path: Path, names: Any, values: list[float], label: str, error: Any = 
     figure, axes = plt.subplots()
     bars = axes.barh(list(names), values, xerr=error, capsize=3)
     axes.bar_label(bars, fmt="%.3g", padding=4)
+    axes.margins(x=0.2)  # room for the figures beside the bars
     axes.invert_yaxis()
     axes.set_xlabel(label)
     _save(figure, path)
