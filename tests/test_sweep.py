@@ -98,12 +98,15 @@ def test_optuna_goes_on_after_a_failed_trial_and_resumes(project: Path) -> None:
 
     storage = f"sqlite:///{project}/study.db"
     search = (
-        "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.direction=[maximize,minimize,minimize]",
+        "hydra/sweeper=optuna", "hydra.sweeper.direction=[maximize,minimize,minimize]",
         f"hydra.sweeper.storage={storage}", "hydra.sweeper.study_name=s", "hydra.sweeper.n_jobs=1",
-        "quantize.int4.algorithm=rtn", "quantize.int4.block_size=32,48,64",
+        "quantize.int4.algorithm=rtn", "quantize.int4.block_size=choice(32,48)",
     )  # fmt: skip
-    sweep(project, *search, "hydra.sweeper.n_trials=2")
-    table = sweep(project, *search, "hydra.sweeper.n_trials=1")
+    # The seeds are of draws that begin with 48, 32 and with 32.
+    sweep(project, *search, "hydra.sweeper.sampler.seed=0", "hydra.sweeper.n_trials=2")
+    before = finished(project)
+    table = sweep(project, *search, "hydra.sweeper.sampler.seed=2", "hydra.sweeper.n_trials=1")
+    assert finished(project) == before
     assert table["error"].notna().sum() == 1
     study = optuna.load_study(study_name="s", storage=storage)
     assert sorted(trial.state.name for trial in study.trials) == ["COMPLETE", "COMPLETE", "FAIL"]
@@ -113,10 +116,20 @@ def test_optuna_goes_on_after_a_failed_trial_and_resumes(project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_joblib_does_equal_trials_once(project: Path) -> None:
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("joblib", "hydra.launcher.n_jobs=2"),
+        ("submitit_local", "hydra.launcher.cpus_per_task=1"),
+    ],
+    ids=lambda launcher: launcher[0],
+)
+def test_processes_do_equal_trials_once(project: Path, launcher: tuple[str, str]) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason=EXTRA)
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason=EXTRA)
+    name, setting = launcher
     blocks = "quantize.int4.block_size=32,32,64"
-    table = sweep(project, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "quantize.int4.algorithm=rtn", blocks)
+    table = sweep(project, f"hydra/launcher={name}", setting, "quantize.int4.algorithm=rtn", blocks)
     assert len(table) == 2
     assert table["error"].isna().all()
 
