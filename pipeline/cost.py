@@ -1,4 +1,4 @@
-"""Stage `cost`: what a million tokens, a thousand calls and a day's traffic cost on a rented machine.
+"""Stage `cost`: what a million tokens, a thousand calls and a day's traffic cost, on a rented machine and hosted.
 
 Reads reports/evaluate, reports/benchmark and the prices in params; writes reports/cost.json.
 """
@@ -12,7 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
-from pipeline.bench.price import usd_per_million_tokens
+from pipeline.bench.price import cascade, usd_per_million_tokens
 from pipeline.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -30,16 +30,49 @@ class Machine:
 
 
 @dataclass
+class Hosted:
+    """A larger model behind somebody's API. How often it is right is assumed, and the tokens of a call are too."""
+
+    model: str
+    usd_per_million_input_tokens: float
+    usd_per_million_output_tokens: float
+    provider: str
+    date: str
+    source: str
+    input_tokens_per_call: int
+    output_tokens_per_call: int
+    assumed_exact_fraction: float
+
+    def __post_init__(self) -> None:
+        for name in ("usd_per_million_input_tokens", "usd_per_million_output_tokens"):
+            config.require_range(f"cost.hosted.{name}", getattr(self, name), 0, 1e6)
+        for name in ("input_tokens_per_call", "output_tokens_per_call"):
+            config.require_range(f"cost.hosted.{name}", getattr(self, name), 1, 10**7)
+        config.require_range("cost.hosted.assumed_exact_fraction", self.assumed_exact_fraction, 0, 1)
+
+    @property
+    def usd_per_call(self) -> float:
+        per_input = self.usd_per_million_input_tokens * self.input_tokens_per_call
+        return (per_input + self.usd_per_million_output_tokens * self.output_tokens_per_call) / 1e6
+
+
+@dataclass
 class CostConfig:
     machine: str
     machines: dict[str, Machine]
     utilisation: float
+    utilisations: list[float]  # beside it, to see what hangs on it
     p95_limit_s: float
     tokens_per_day: int
+    hosted: Hosted
+    thresholds: list[float]  # of confidence, below which a call is sent to the hosted model
 
     def __post_init__(self) -> None:
         config.require_one_of("cost.machine", self.machine, list(self.machines))
-        config.require_range("cost.utilisation", self.utilisation, 0.001, 1)
+        for utilisation in (self.utilisation, *self.utilisations):
+            config.require_range("cost.utilisation and cost.utilisations", utilisation, 0.001, 1)
+        for threshold in self.thresholds:
+            config.require_range("cost.thresholds", threshold, 0, 1)
         config.require_range("cost.p95_limit_s", self.p95_limit_s, 0.001, 86_400)
         config.require_range("cost.tokens_per_day", self.tokens_per_day, 1, 10**15)
 
@@ -55,6 +88,7 @@ def run(reports: Path, report: Path, cfg: CostConfig) -> dict[str, Any]:
         name: price(
             files.read_json(reports / "benchmark" / f"{name}.json"),
             files.read_json(reports / "evaluate" / f"{name}.json"),
+            [row for _, row in files.read_jsonl(reports / "evaluate" / f"{name}.replies.jsonl")],
             cfg,
         )
         for name in VARIANTS
@@ -62,12 +96,16 @@ def run(reports: Path, report: Path, cfg: CostConfig) -> dict[str, Any]:
     baseline = variants[BASELINE]["usd_per_million_tokens"]
     for found in variants.values():
         found["savings_fraction"] = 1 - found["usd_per_million_tokens"] / baseline
-    metrics = {"machine": {"name": cfg.machine, **asdict(cfg.machines[cfg.machine])}, "variants": variants}
+    hosted = {**asdict(cfg.hosted), "usd_per_thousand_calls": 1000 * cfg.hosted.usd_per_call}
+    machine = {"name": cfg.machine, **asdict(cfg.machines[cfg.machine])}
+    metrics = {"machine": machine, "hosted": hosted, "variants": variants}
     files.write_json(report, metrics | {"provenance": provenance(cfg)})
     return metrics
 
 
-def price(benchmark: dict[str, Any], evaluate: dict[str, Any], cfg: CostConfig) -> dict[str, Any]:
+def price(
+    benchmark: dict[str, Any], evaluate: dict[str, Any], replies: list[dict[str, Any]], cfg: CostConfig
+) -> dict[str, Any]:
     """At the number of clients with the most calls a second whose p95 is within cost.p95_limit_s.
 
     Where none is within, at the fewest clients; `within_p95_limit` says so.
@@ -79,7 +117,7 @@ def price(benchmark: dict[str, Any], evaluate: dict[str, Any], cfg: CostConfig) 
     per_hour = cfg.machines[cfg.machine].usd_per_hour
     per_million = usd_per_million_tokens(per_hour, level["new_tokens_per_s"], cfg.utilisation)
     per_thousand = per_hour / (level["calls_per_s"] * cfg.utilisation * 3600) * 1000
-    exact = evaluate["exact_call_fraction"]
+    exact, hosted = evaluate["exact_call_fraction"], cfg.hosted
     per_day = per_million * cfg.tokens_per_day / 1e6
     return {
         "concurrency": level["concurrency"],
@@ -90,6 +128,20 @@ def price(benchmark: dict[str, Any], evaluate: dict[str, Any], cfg: CostConfig) 
         "usd_per_day": per_day,
         "usd_per_month": per_day * 365.25 / 12,
         "usd_per_year": per_day * 365.25,
+        "usd_per_thousand_calls_at_utilisation": {
+            str(utilisation): per_thousand * cfg.utilisation / utilisation for utilisation in cfg.utilisations
+        },
+        "cascade": {
+            str(threshold): cascade(
+                replies,
+                threshold,
+                (per_thousand / 1000, hosted.usd_per_call),
+                per_hour,
+                hosted.assumed_exact_fraction,
+            )
+            for threshold in cfg.thresholds
+        },
+        "most_calls_per_day": level["calls_per_s"] * 86_400,
     }
 
 

@@ -52,6 +52,7 @@ def run(reports: Path, cfg: ReportConfig) -> None:
         "export": files.read_json(reports / "export.json"),
         "train": files.read_json(reports / "train.json"),
     }
+    require_one_run(found)
     faults = {name: fault(found["evaluate"][name], found["evaluate"][REFERENCE], cfg) for name in LADDER}
     best = recommend(found, faults)
     if cfg.gate:  # it only asks: the reports stay as the stage left them
@@ -74,6 +75,21 @@ def run(reports: Path, cfg: ReportConfig) -> None:
     passed = {name: {"passed": why is None, "why_not": why} for name, why in faults.items()}
     files.write_json(reports / "report.json", {"recommended": best, "variants": passed, "provenance": provenance(cfg)})
     log.info("recommended: %s; report in %s", best, reports / "report.md")
+
+
+def require_one_run(found: dict[str, Any]) -> None:
+    """Raises ValueError where variants were scored or timed with different settings, or on different machines."""
+    runs: dict[str, dict[tuple[object, ...], list[str]]] = {"evaluate": {}, "benchmark": {}}
+    for stage, seen in runs.items():
+        for name in LADDER:
+            origin = found[stage][name]["provenance"]
+            machine = (origin["machine"]["cpu"], origin["machine"]["cores"]) if stage == "benchmark" else ()
+            seen.setdefault((origin["settings_sha256"], *machine), []).append(name)
+        if len(seen) > 1:
+            raise ValueError(
+                f"reports/{stage} is of different runs (settings or machines): "
+                f"{' / '.join(', '.join(names) for names in seen.values())}; dvc repro -s -f {stage} makes them anew"
+            )
 
 
 def fault(scored: dict[str, Any], reference: dict[str, Any], cfg: ReportConfig) -> str | None:
@@ -139,6 +155,9 @@ def markdown(found: dict[str, Any], faults: dict[str, str | None], best: str | N
             "The same requests in turn, one client; `same`: replies that are those with all techniques. "
             "The grammar changes replies by design; what else differs is rounding: how many tokens a step has "
             "decides how the quantized variants round.",
+            f"## With a larger model behind it ({scored['variant']})",
+            tables.cascade(found["cost"], scored["variant"]).to_markdown(index=False, disable_numparse=True),
+            cascade_terms(found["cost"], scored["variant"]),
             "Replies of all variants side by side: [examples.md](examples.md).",
             "## How it was measured",
             f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB. A call is "
@@ -155,6 +174,23 @@ def markdown(found: dict[str, Any], faults: dict[str, str | None], best: str | N
             *(f"![{name}](plots/{name}.png)" for name in PLOTS),
             "",
         ]
+    )
+
+
+def cascade_terms(cost: dict[str, Any], variant: str) -> str:
+    hosted, machine, priced = cost["hosted"], cost["machine"], cost["variants"][variant]
+    at = ", ".join(
+        f"{usd:.3f} at {float(share):.0%}" for share, usd in priced["usd_per_thousand_calls_at_utilisation"].items()
+    )
+    return (
+        "Calls that the model is not confident of go to a hosted model; replies in text stay. "
+        f"{hosted['model']} ({hosted['provider']}, {hosted['date']}: {hosted['source']}) costs "
+        f"{hosted['usd_per_million_input_tokens']:g} and {hosted['usd_per_million_output_tokens']:g} USD per million "
+        f"tokens in and out. Assumed, not measured: {hosted['input_tokens_per_call']} tokens in and "
+        f"{hosted['output_tokens_per_call']} out a call, {hosted['assumed_exact_fraction']:.0%} exact, also on the "
+        "harder calls that are sent on. Break-even: from this traffic on, one machine that runs all day costs less "
+        f"than the calls it keeps from the hosted model; it answers up to {priced['most_calls_per_day']:,.0f} a day. "
+        f"USD per 1,000 calls answered here by how busy {machine['name']} is: {at}."
     )
 
 

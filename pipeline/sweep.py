@@ -2,9 +2,10 @@
 
     python -m pipeline.sweep -m sweep.name=blocks variant=int4 quantize.int4.block_size=16,32,64
 
-Hydra makes the trials of what is given on the command line, and its launcher runs them. Reads models/fused;
-writes reports/sweeps/NAME/: a folder for each trial, trials.csv and pareto.png. Calls are scored on the
-validation requests written by hand: a setting chosen on the test would flatter itself.
+Hydra's sweeper makes the trials of what is given on the command line, and its launcher runs them, here or on other
+machines that share this folder. Reads models/fused; writes reports/sweeps/NAME/: a folder for each trial, trials.csv
+and pareto.png. Calls are scored on the validation requests written by hand: a setting chosen on the test would
+flatter itself.
 A trial that was done with equal settings and inputs is not done again; one that fails does not stop the others.
 """
 
@@ -15,6 +16,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +35,7 @@ from pipeline.bench import pareto
 log = logging.getLogger(__name__)
 
 STAGES = ("quantize", "evaluate", "benchmark")
+MACHINE = Path(tempfile.gettempdir()) / f"tool-caller-sweep-{os.getuid()}.lock"
 
 
 @dataclass
@@ -62,15 +65,16 @@ def run(params: Params, settings: dict[str, Any], overrides: list[str]) -> dict[
     sweep = params.paths.reports / "sweeps" / params.sweep.name
     folder = sweep / trial_id(params, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    with only_one(folder):
+    with held(folder / ".lock") as lock:
         done = folder / "trial.json"
         row: dict[str, Any]
         if done.exists() and (row := files.read_json(done))["error"] is None:
             log.info("%s was done before", folder)
         else:
-            row = {"trial": folder.name, "overrides": " ".join(overrides), **trial(params, folder, overrides)}
+            row = {"trial": folder.name, "overrides": " ".join(overrides), **trial(params, folder, overrides, lock)}
             files.write_json(done, row)
-    summarize(sweep, params.sweep.max_loss_fraction)
+    with held(sweep / ".lock"):
+        summarize(sweep, params.sweep.max_loss_fraction)
     return row
 
 
@@ -88,18 +92,22 @@ def trial_id(params: Params, settings: dict[str, Any]) -> str:
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Raises RuntimeError where another sweep is at this trial."""
-    with (folder / ".lock").open("w") as lock:
+def held(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[int]:
+    """Waits for the lock. A process that inherits its descriptor has the lock too, should it outlive this one."""
+    with path.open("a+") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(f"another sweep of this name is at {folder}: wait, or give a sweep.name") from error
-        yield
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another trial to release %s", path)
+            fcntl.flock(lock, how)
+        yield lock.fileno()
 
 
-def trial(params: Params, folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """The stages one after the other, each a process of its own: the benchmark reads its peak memory."""
+def trial(params: Params, folder: Path, overrides: list[str], lock: int) -> dict[str, Any]:
+    """The stages one after the other, each a process of its own: the benchmark reads its peak memory.
+
+    A benchmark has the machine alone: it waits for the stages of other trials, and they for it.
+    """
     models = folder / "models"
     models.mkdir(exist_ok=True)
     fused = models / "fused"
@@ -108,11 +116,16 @@ def trial(params: Params, folder: Path, overrides: list[str]) -> dict[str, Any]:
     own = [f"variant={params.variant}", f"paths.models={models}", f"paths.reports={folder}"]
     given = [override for override in overrides if not override.startswith(("sweep.", "paths.", "variant="))]
     environment = os.environ | {"HYDRA_FULL_ERROR": "1"}  # the last line then is the error itself
-    start = time.perf_counter()
+    took_s = 0.0
     for stage in STAGES:
         more = [f"evaluate.requests={params.sweep.requests}"] if stage == "evaluate" else []
         command = [sys.executable, "-m", f"pipeline.{stage}", *given, *own, *more]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)  # noqa: S603
+        with held(MACHINE, fcntl.LOCK_EX if stage == "benchmark" else fcntl.LOCK_SH) as machine:
+            start = time.perf_counter()
+            done = subprocess.run(  # noqa: S603
+                command, capture_output=True, text=True, check=False, env=environment, pass_fds=(lock, machine)
+            )
+            took_s += time.perf_counter() - start
         (folder / f"{stage}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
@@ -127,7 +140,7 @@ def trial(params: Params, folder: Path, overrides: list[str]) -> dict[str, Any]:
         "kl_divergence": quantize["kl_divergence"],
         "same_token_fraction": quantize["same_token_fraction"],
         "peak_rss_bytes": benchmark["peak_rss_bytes"],
-        "trial_s": time.perf_counter() - start,
+        "trial_s": took_s,
     }
 
 
@@ -142,9 +155,12 @@ def summarize(sweep: Path, max_loss_fraction: float) -> None:
         pareto.plot(table, sweep / "pareto.png")
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
-def main(raw: DictConfig) -> tuple[float, float, float] | None:
-    """What Hydra's Optuna sweeper is given to optimise: exact calls, seconds, bytes; None where a trial failed."""
+def objectives(raw: DictConfig) -> tuple[float, float, float] | None:
+    """What Hydra's Optuna sweeper is given to optimise: exact calls, seconds, bytes.
+
+    None where a trial failed: the sweeper notes the failure and goes on, which it would not after an exception.
+    """
+    os.chdir(HydraConfig.get().runtime.cwd)  # a launcher's worker starts elsewhere
     params = config.load(raw, Params)
     settings: Any = OmegaConf.to_container(raw, resolve=True)
     read = {name: settings[name] for name in ("quantize", "techniques", "evaluate", "benchmark")}
@@ -154,6 +170,13 @@ def main(raw: DictConfig) -> tuple[float, float, float] | None:
     row = run(params, read, list(HydraConfig.get().overrides.task))
     log.info("%s", {key: row.get(key) for key in ("overrides", "error", "exact_call_fraction", "p50_s")})
     return None if row["error"] else (row["exact_call_fraction"], row["p50_s"], row["model_bytes"])
+
+
+@hydra.main(version_base="1.3", config_path="..", config_name="params")
+def main(raw: DictConfig) -> tuple[float, float, float] | None:
+    from pipeline import sweep  # a launcher's worker gets this function alone, and Params as it is here is none there
+
+    return sweep.objectives(raw)
 
 
 if __name__ == "__main__":

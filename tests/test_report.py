@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from pipeline.bench.tables import ablation
-from pipeline.report import ReportConfig, fault, recommend
+from pipeline.report import LADDER, ReportConfig, fault, recommend, require_one_run
 
 CFG = ReportConfig(max_loss_fraction=0.02, significance=0.05, min_exact_fraction=0.5, gate=False, against=None)
 FP32 = {"exact_call_fraction": 0.80}
@@ -41,3 +41,18 @@ def test_ablation_table_has_a_column_for_each_variant_with_techniques() -> None:
     ]
     table = ablation({"benchmark": {"torch-fp32": {"ablation": []}, "int8": {"ablation": rows}}})
     assert table.to_dict() == {"int8": {"all": "100 ms, 1.00x, 100% same", "without drafts": "150 ms, 1.50x, 50% same"}}
+
+
+def test_reports_of_two_runs_are_refused_by_name() -> None:
+    def made(stage: str, name: str) -> dict[str, Any]:
+        here = {"cpu": "X", "cores": 64 if (stage, name) == ("benchmark", "int4") else 2}
+        return {"provenance": {"settings_sha256": "0", "machine": here}}
+
+    found = {stage: {name: made(stage, name) for name in LADDER} for stage in ("evaluate", "benchmark")}
+    with pytest.raises(ValueError, match=r"reports/benchmark is of different runs .*fused-fp32, int8 / int4"):
+        require_one_run(found)
+    found["benchmark"]["int4"] = found["benchmark"]["int8"]
+    require_one_run(found)
+    found["evaluate"]["int8"] = {"provenance": {**found["evaluate"]["int8"]["provenance"], "settings_sha256": "1"}}
+    with pytest.raises(ValueError, match="reports/evaluate"):
+        require_one_run(found)

@@ -1,9 +1,11 @@
 """A sweep as a user starts it, over a tiny model."""
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -11,8 +13,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline import files
+from pipeline.sweep import held
 
 ROOT = Path(__file__).parents[1]
+EXTRA = "needs the extra `sweep`: pip install -c constraints.txt -e '.[sweep]'"
 
 
 @pytest.fixture
@@ -30,12 +34,46 @@ def project(tmp_path: Path, tiny_fused: Path) -> Path:
     return tmp_path
 
 
-def sweep(project: Path, *overrides: str) -> pd.DataFrame:
+def start(project: Path, *overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pipeline.sweep", "-m", "sweep.name=s", "variant=int4", *overrides]
     environment = os.environ | {"PYTHONPATH": str(project)}
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return subprocess.Popen(
+        command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(project: Path, running: subprocess.Popen[str]) -> pd.DataFrame:
+    output, _ = running.communicate()
+    assert running.returncode == 0, output[-4000:]
     return pd.read_csv(project / "reports/sweeps/s/trials.csv")
+
+
+def sweep(project: Path, *overrides: str) -> pd.DataFrame:
+    return finish(project, start(project, *overrides))
+
+
+def finished(project: Path) -> dict[Path, int]:
+    """When each trial that is done was."""
+    return {path: path.stat().st_mtime_ns for path in project.glob("reports/sweeps/s/*/trial.json")}
+
+
+def is_free(lock: Path) -> bool:
+    with lock.open("a+") as other:
+        try:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def test_lock_is_held_until_the_stage_that_inherited_it_ends(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with held(lock, fcntl.LOCK_SH), held(lock, fcntl.LOCK_SH) as inherited:
+        stage = subprocess.Popen(["sleep", "60"], pass_fds=[inherited])  # noqa: S607
+    assert not is_free(lock)
+    stage.kill()
+    stage.wait()
+    assert is_free(lock)
 
 
 @pytest.mark.slow
@@ -45,9 +83,78 @@ def test_trials_fail_alone_and_are_not_done_twice(project: Path) -> None:
     failed = first[first["error"].notna()]
     assert failed["error"].str.contains(r"block_size must be one of \[16, 32, 64, 128, 256\], got 48").all()
     assert first["recommended"].tolist() == [True, False]
-    stamps = {path: path.stat().st_mtime_ns for path in project.glob("reports/sweeps/s/*/trial.json")}
+    stamps = finished(project)
     second = sweep(project, "quantize.int4.algorithm=rtn", "quantize.int4.block_size=32,64")
     assert len(second) == 3
     kept = [path for path, stamp in stamps.items() if path.stat().st_mtime_ns == stamp]
     assert len(kept) == 2
     assert not (project / "multirun").exists()
+
+
+@pytest.mark.slow
+def test_optuna_goes_on_after_a_failed_trial_and_resumes(project: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason=EXTRA)
+    import optuna
+
+    storage = f"sqlite:///{project}/study.db"
+    search = (
+        "hydra/sweeper=optuna", "hydra.sweeper.direction=[maximize,minimize,minimize]",
+        f"hydra.sweeper.storage={storage}", "hydra.sweeper.study_name=s", "hydra.sweeper.n_jobs=1",
+        "quantize.int4.algorithm=rtn", "quantize.int4.block_size=choice(32,48)",
+    )  # fmt: skip
+    # The seeds are of draws that begin with 48, 32 and with 32.
+    sweep(project, *search, "hydra.sweeper.sampler.seed=0", "hydra.sweeper.n_trials=2")
+    before = finished(project)
+    table = sweep(project, *search, "hydra.sweeper.sampler.seed=2", "hydra.sweeper.n_trials=1")
+    assert finished(project) == before
+    assert table["error"].notna().sum() == 1
+    study = optuna.load_study(study_name="s", storage=storage)
+    assert sorted(trial.state.name for trial in study.trials) == ["COMPLETE", "COMPLETE", "FAIL"]
+    told = {tuple(trial.values) for trial in study.trials if trial.state.name == "COMPLETE"}
+    rows = [row for path in finished(project) if not (row := files.read_json(path))["error"]]
+    assert told == {(row["exact_call_fraction"], row["p50_s"], row["model_bytes"]) for row in rows}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("joblib", "hydra.launcher.n_jobs=2"),
+        ("submitit_local", "hydra.launcher.cpus_per_task=1"),
+    ],
+    ids=lambda launcher: launcher[0],
+)
+def test_processes_do_equal_trials_once(project: Path, launcher: tuple[str, str]) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason=EXTRA)
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason=EXTRA)
+    name, setting = launcher
+    blocks = "quantize.int4.block_size=32,32,64"
+    table = sweep(project, f"hydra/launcher={name}", setting, "quantize.int4.algorithm=rtn", blocks)
+    assert len(table) == 2
+    assert table["error"].isna().all()
+
+
+@pytest.mark.slow
+def test_ray_finishes_every_trial_when_a_node_dies(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason=EXTRA)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", str(project))
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        dying = cluster.add_node(num_cpus=1)
+        running = start(
+            project, "hydra/launcher=ray", f"hydra.launcher.ray.init.address={cluster.address}",
+            "+hydra.launcher.ray.remote.num_cpus=1", "quantize.int4.algorithm=rtn",
+            "quantize.int4.block_size=16,32,64,128", "quantize.int4.symmetric=true,false",
+        )  # fmt: skip
+        while len(before := finished(project)) < 3 and running.poll() is None:
+            time.sleep(0.2)
+        cluster.remove_node(dying, allow_graceful=False)
+        table = finish(project, running)
+    finally:
+        cluster.shutdown()
+    assert len(table) == 8
+    assert table["error"].isna().all()
+    assert before.items() <= finished(project).items()

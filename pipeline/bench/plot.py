@@ -13,6 +13,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 Names = Sequence[str]
+plt.rcParams.update({"figure.figsize": (4.8, 3.2), "font.size": 9, "savefig.dpi": 180})  # can be read on a phone
 
 
 def all_plots(found: dict[str, Any], reports: Path, folder: Path, names: tuple[Names, Names]) -> None:
@@ -28,12 +29,12 @@ def all_plots(found: dict[str, Any], reports: Path, folder: Path, names: tuple[N
     _bars(folder / "size.png", ladder, [bench[n]["model_bytes"] / 1e6 for n in ladder], "MB on disk")
     costs = [found["cost"]["variants"][n]["usd_per_million_tokens"] for n in ladder]
     _bars(folder / "cost.png", ladder, costs, "USD per million tokens")
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots()
     samples = [files.read_json(reports / "benchmark" / f"{n}.samples.json")["call_s"] for n in ladder]
     axes.boxplot(samples, tick_labels=list(ladder), whis=(5, 95), showfliers=False)
-    axes.set_ylabel("seconds per call (box: quartiles, whiskers: p5, p95)")
+    axes.set(ylabel="seconds per call", title="Box: quartiles; whiskers: p5 and p95")
     _save(figure, folder / "latency.png")
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots()
     for name in ladder:
         levels = bench[name]["by_concurrency"]
         clients = [level["concurrency"] for level in levels]
@@ -45,7 +46,7 @@ def all_plots(found: dict[str, Any], reports: Path, folder: Path, names: tuple[N
 
 
 def _plot_loss(reports: Path, folder: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots()
     for name, label in (("train/loss", "training"), ("eval/loss", "validation")):
         curve = pd.read_csv(reports / "train" / "plots" / "metrics" / f"{name}.tsv", sep="\t")
         axes.plot(curve["step"], curve.iloc[:, -1], label=label, marker="." if label == "validation" else "")
@@ -55,34 +56,36 @@ def _plot_loss(reports: Path, folder: Path) -> None:
 
 
 def _bars(path: Path, names: Any, values: list[float], label: str, error: Any = None) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4))
-    bars = axes.bar(list(names), values, yerr=error, capsize=4)
-    axes.bar_label(bars, fmt="%.3g", label_type="center", color="white")
-    axes.set_ylabel(label)
+    figure, axes = plt.subplots()
+    bars = axes.barh(list(names), values, xerr=error, capsize=3)
+    axes.bar_label(bars, fmt="%.3g", padding=4)
+    axes.margins(x=0.2)  # room for the figures beside the bars
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
     _save(figure, path)
 
 
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
     plt.close(figure)
 
 
 def _plot_calibration(scored: dict[str, Any], names: Names, folder: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots()
     axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
     for name in names:
         parts = scored[name]["calibration"]["reliability"]
         error = scored[name]["calibration"]["expected_calibration_error"]
-        label = name if error is None else f"{name} (expected calibration error {error:.3f})"
+        label = name if error is None else f"{name} ({error:.3f})"
         axes.plot([p["mean_confidence"] for p in parts], [p["right_fraction"] for p in parts], marker="o", label=label)
     axes.set(xlabel="confidence in a call", ylabel="exact calls (fraction)")
-    axes.legend()
+    axes.legend(title="expected calibration error", fontsize=7, title_fontsize=7)
     _save(figure, folder / "reliability.png")
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots()
     for name in names:
         curve = scored[name]["calibration"]["risk_coverage"]
         axes.plot([kept for kept, _ in curve], [wrong for _, wrong in curve], label=name)
-    axes.set(xlabel="calls kept, most confident first (fraction)", ylabel="wrong among them (fraction)", ylim=(0, None))
+    axes.set(xlabel="calls kept, most confident first", ylabel="wrong among them", ylim=(0, None))
     axes.legend()
     _save(figure, folder / "risk-coverage.png")

@@ -1,4 +1,7 @@
-"""What calls cost on a rented machine."""
+"""What calls cost on a rented machine, from a hosted model, and from both together."""
+
+from collections.abc import Sequence
+from typing import Any
 
 SECONDS_PER_HOUR = 3600
 
@@ -15,3 +18,31 @@ def usd_per_million_tokens(usd_per_hour: float, tokens_per_s: float, utilisation
     if tokens_per_s <= 0 or not 0 < utilisation <= 1:
         raise ValueError(f"no price for {tokens_per_s=}, {utilisation=}")
     return usd_per_hour / (tokens_per_s * utilisation * SECONDS_PER_HOUR) * 1e6
+
+
+def cascade(
+    rows: Sequence[dict[str, Any]],
+    threshold: float,
+    usd_per_call: tuple[float, float],
+    usd_per_hour: float,
+    hosted_exact_fraction: float,
+) -> dict[str, float | None]:
+    """Share sent on, right answers and price, where calls with a confidence below `threshold` go to a hosted model.
+
+    `rows` are scored replies (`called`, `confidence`, `outcome`); `usd_per_call` is of the local and the hosted model.
+    Every request is asked locally first. Replies in text stay: their confidence is that of all their words and says
+    little. The hosted model is taken to be right equally often on whatever it is sent, which flatters it: what is
+    sent are the hard ones. From the break-even traffic on, one machine that runs all day (`usd_per_hour`) and the
+    calls sent on cost less than the hosted model for all calls; None where every call is sent.
+    """
+    kept = [row for row in rows if not row["called"] or row["confidence"] >= threshold]
+    local, hosted = usd_per_call
+    kept_fraction = len(kept) / len(rows)
+    sent_fraction = 1 - kept_fraction
+    right = sum(row["outcome"] == "exact" for row in kept) / len(rows)
+    return {
+        "sent_fraction": sent_fraction,
+        "exact_call_fraction": right + sent_fraction * hosted_exact_fraction,
+        "usd_per_thousand_calls": 1000 * (local + sent_fraction * hosted),
+        "break_even_calls_per_day": 24 * usd_per_hour / (kept_fraction * hosted) if kept and hosted else None,
+    }

@@ -89,6 +89,33 @@ def ablation(found: dict[str, Any]) -> pd.DataFrame:
     )
 
 
+def cascade(cost: dict[str, Any], variant: str) -> pd.DataFrame:
+    """One row for each confidence below which a call is sent on; the last is the hosted model alone."""
+
+    def row(sent: str, kept: float, exact: float, usd: float, break_even: float | None) -> dict[str, str]:
+        return {
+            "sent on": sent,
+            "answered here": f"{kept:.0%}",
+            "exact calls": f"{exact:.1%}",
+            "USD per 1,000 calls": f"{usd:.3f}",
+            "break-even, calls a day": "" if break_even is None else f"{break_even:,.0f}",
+        }
+
+    rows = [
+        row(
+            "nothing" if float(threshold) == 0 else f"calls below {float(threshold):g}",
+            1 - found["sent_fraction"],
+            found["exact_call_fraction"],
+            found["usd_per_thousand_calls"],
+            found["break_even_calls_per_day"],
+        )
+        for threshold, found in sorted(cost["variants"][variant]["cascade"].items(), key=lambda pair: float(pair[0]))
+    ]
+    hosted = cost["hosted"]
+    alone = row("everything", 0, hosted["assumed_exact_fraction"], hosted["usd_per_thousand_calls"], None)
+    return pd.DataFrame([*rows, alone])
+
+
 def examples(folder: Path, variants: Sequence[str]) -> str:
     """Every test request that not all variants answer right, with each one's reply; then the ids of the rest."""
     replies = {name: [row for _, row in files.read_jsonl(folder / f"{name}.replies.jsonl")] for name in variants}
