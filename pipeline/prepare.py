@@ -5,6 +5,7 @@ data/prepared and reports/prepare.json. Where paths.requests is one file, a user
 """
 
 import logging
+import math
 import random
 import re
 from collections import Counter
@@ -183,7 +184,7 @@ def make(
     n, rng, taken = quota
     kinds = _by_kind(phrasings)
     names = sorted(kinds)
-    weights = _weights(names, cfg)
+    weights = _weights(kinds, cfg)
     turns = {name: _endless(kinds[name], rng) for name in names}
     requests: list[Request] = []
     tries = 0
@@ -208,11 +209,12 @@ def _endless(phrasings: list[Phrasing], rng: random.Random) -> Iterator[Phrasing
         yield from rng.sample(phrasings, len(phrasings))
 
 
-def _weights(names: list[str], cfg: PrepareConfig) -> list[float]:
+def _weights(kinds: dict[str, list[Phrasing]], cfg: PrepareConfig) -> list[float]:
+    """In the order of the names. A tool with four times the phrasings of another has twice its requests."""
     fixed = {NONE: cfg.none_fraction, "foreign": cfg.foreign_fraction}
-    calls = [name for name in names if name not in fixed]
-    left = 1 - sum(fixed[name] for name in names if name in fixed)
-    return [fixed.get(name, left / max(1, len(calls))) for name in names]
+    calls = {name: math.sqrt(len(group)) for name, group in kinds.items() if name not in fixed}
+    left = 1 - sum(fixed[name] for name in kinds if name in fixed)
+    return [fixed.get(name, left * calls.get(name, 0) / max(1, sum(calls.values()))) for name in sorted(kinds)]
 
 
 def fill(
@@ -229,7 +231,7 @@ def fill(
     text = messages[-1]["content"]
     typed = messages[-1]["role"] == "user"
     if typed and rng.random() < cfg.noise_fraction:
-        text = add_noise(text, rng)
+        text = add_noise(text, rng, frozenset(words(value["expected"] or {})))
     if typed and rng.random() < cfg.frame_fraction and "frame" in slots and "\n" not in text:
         text = _frame(text, str(rng.choice(slots["frame"])), value)
     messages[-1]["content"] = text
@@ -250,20 +252,25 @@ def _frame(text: str, frame: str, value: dict[str, Any]) -> str:
     return before + text + after
 
 
-def add_noise(text: str, rng: random.Random) -> str:
-    """`text` in lower case, or without its last mark, or with one typo in a word; slots stay whole."""
+def add_noise(text: str, rng: random.Random, kept: frozenset[str] = frozenset()) -> str:
+    """`text` in lower case, or without its last mark, or with one typo in a word; slots and words `kept` stay whole."""
     parts = _words(text)
     match rng.randrange(3):
         case 0:
-            parts = [part if SLOT.fullmatch(part) else _lower_first(part) for part in parts]
+            parts = [part if SLOT.fullmatch(part) or part in kept else _lower_first(part) for part in parts]
         case 1:
             parts[-1] = parts[-1].rstrip(".!")
         case 2:
-            plain = [at for at, part in enumerate(parts) if part.isalpha() and len(part) > 4]
+            plain = [at for at, part in enumerate(parts) if part.isalpha() and len(part) > 4 and part not in kept]
             if plain:
                 at = rng.choice(plain)
                 parts[at] = _typo(parts[at], rng)
     return "".join(parts)
+
+
+def words(call: dict[str, Any]) -> list[str]:
+    """Of the arguments of a call: they may stand in its request."""
+    return _words(" ".join(value for value in call.get("arguments", {}).values() if isinstance(value, str)))
 
 
 def _words(text: str) -> list[str]:

@@ -1,12 +1,15 @@
 import random
 import re
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline import files
-from pipeline.prepare import Phrasing, PrepareConfig, add_noise, read_requests, run, split
+from pipeline.prepare import Phrasing, PrepareConfig, add_noise, make, read_requests, run, split, words
 from pipeline.toolcall.slots import Draw
+from pipeline.toolcall.tool import parse_tools
 
 ROOT = Path(__file__).parents[1]
 CFG = PrepareConfig(0, 400, 0.15, 0.2, 0.1, 0.2, 0.25, 0.15)
@@ -30,6 +33,28 @@ def test_noise_leaves_slots_whole() -> None:
     for seed in range(50):
         noisy = add_noise(text, random.Random(seed))
         assert re.findall(r"\{\{.*?\}\}", noisy) == ["{{dir}}", "{{literal.text}}"]
+
+
+def test_noise_leaves_words_of_the_call_whole() -> None:
+    kept = frozenset(words({"name": "Bash", "arguments": {"command": "Make lint", "timeout": 5}}))
+    noisy = {add_noise("please run Make lint before merging", random.Random(seed), kept) for seed in range(50)}
+    assert all("Make lint" in text for text in noisy)
+    assert len(noisy) > 5
+
+
+def test_a_tool_with_four_times_the_phrasings_gets_twice_the_requests() -> None:
+    def asked(name: str, n: int) -> list[Phrasing]:
+        call = {"name": name, "arguments": {"command" if name == "Bash" else "file_path": "x"}}
+        return [
+            Phrasing(f"{name}:{at}", {"id": f"{name}-{at}", "category": name, "expected": call, "messages": messages})
+            for at, messages in enumerate([{"role": "user", "content": f"x {{{{n}}}} {n}"}] for n in range(n))
+        ]
+
+    tools = parse_tools(files.read_json(ROOT / "data/tools.json"), "tools.json")
+    slots = {"n": [str(n) for n in range(1000)]}
+    cfg = replace(CFG, none_fraction=0, foreign_fraction=0)
+    made = make([*asked("Bash", 16), *asked("Read", 4)], slots, tools, cfg, (600, random.Random(0), set()))
+    assert 1.7 < Counter(r.category for r in made)["Bash"] / Counter(r.category for r in made)["Read"] < 2.3
 
 
 def test_split_refuses_too_few_phrasings() -> None:
