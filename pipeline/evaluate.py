@@ -138,7 +138,7 @@ def compare(reference: Path, rows: Sequence[dict[str, Any]]) -> float | None:
 
 
 def different(other: Path, rows: Sequence[dict[str, Any]]) -> list[str] | None:
-    """Ids of the requests whose replies differ though the grammar changed nothing.
+    """Ids of the requests whose replies differ though decoding left the likeliest next tokens as they are.
 
     None where the other variant was not scored on them.
     """

@@ -141,7 +141,8 @@ def markdown(found: dict[str, Any], faults: dict[str, str | None], best: str | N
             tables.beside(found).to_markdown(index=False, disable_numparse=True),
             f"{scored['n']} requests written by hand ({BASE}: {found['evaluate'][BASE]['n']} of them). "
             f"Intervals are Wilson's at 95%; p is of the exact McNemar test against "
-            f"{REFERENCE} on the same requests. Where the grammar changed nothing, {REFERENCE} and "
+            f"{REFERENCE} on the same requests. Where decoding left the likeliest next tokens as they "
+            f"are, {REFERENCE} and "
             f"{BASELINE} differ on {len(different)} replies{': ' if different else ''}{', '.join(different)}. "
             "The default base's weights were in 4 bits before they got here, which flatters INT4's loss.",
             "## By category (exact calls)",
@@ -153,20 +154,21 @@ def markdown(found: dict[str, Any], faults: dict[str, str | None], best: str | N
             "## What each technique brings (p50 of a whole call)",
             tables.ablation(found).to_markdown(disable_numparse=True),
             "The same requests in turn, one client; `same`: replies that are those with all techniques. "
-            "The grammar changes replies by design; what else differs is rounding: how many tokens a step has "
-            "decides how the quantized variants round.",
+            "The grammar and the search for a likelier call change replies by design; what else differs is rounding: "
+            "how many tokens a step has decides how the quantized variants round.",
             f"## With a larger model behind it ({scored['variant']})",
             tables.cascade(found["cost"], scored["variant"]).to_markdown(index=False, disable_numparse=True),
             cascade_terms(found["cost"], scored["variant"]),
             "Replies of all variants side by side: [examples.md](examples.md).",
             "## How it was measured",
             f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB. A call is "
-            "request in to parsed call out, greedy, with the tools' prefix cached; each variant in a process of "
+            "request in to parsed call out, with the tools' prefix cached; each variant in a process of "
             f"its own, all in one run. Of a call {1e3 * bench['harness_call_s']:.1f} ms are not the model's (measured "
             "with a runtime whose tokens are known beforehand). A fused graph on the CPU decodes several clients' "
             "requests together; elsewhere they wait their turn. "
             f"{BASELINE} and onnx-fp32 decode token by token; the others hold a call to the tools' grammar, append "
-            "what it forces in one step, and check drafts copied from the request. "
+            "what it forces in one step, check drafts copied from the request, and make of several calls the "
+            "likeliest, or none where text is likelier. "
             f"Training: {found['train']['train_requests']} requests, {found['train']['train_s'] / 60:.0f} minutes, "
             f"products in {found['train']['precision']}. "
             f"Price: {found['cost']['machine']['name']} at {found['cost']['machine']['usd_per_hour']} USD an hour "

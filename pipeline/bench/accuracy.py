@@ -20,7 +20,7 @@ from pipeline.toolcall.conversation import NONE, Request
 class Answer:
     text: str
     confidence: float = 1.0
-    changed: bool = False  # by the grammar
+    changed: bool = False  # by the grammar, or a likelier reply
 
 
 def row(request: Request, answer: Answer) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def beside(found: dict[str, Any]) -> pd.DataFrame:
                 "valid calls": percent(scored["valid_call_fraction"]),
                 "calls where it must": percent(scored["must_call_fraction"]),
                 "abstains where it must": percent(scored["abstain_fraction"]),
-                "changed by the grammar": percent(scored["constraint_changed_fraction"]),
+                "changed by decoding": percent(scored["constraint_changed_fraction"]),
                 "p against fp32": f"{scored['mcnemar_p_vs_fp32']:.3f}"
                 if scored.get("mcnemar_p_vs_fp32") is not None
                 else "",

@@ -38,7 +38,7 @@ class Reply:
     prompt_tokens: int  # the prefix, whose cache is kept, apart
     new_tokens: int
     finished: bool  # False: cut off at max_new_tokens
-    changed: bool  # by the grammar: the model alone would have broken the call's form
+    changed: bool  # by the grammar, where the model alone would have broken the call's form, or for a likelier reply
 
 
 class ToolCaller:
