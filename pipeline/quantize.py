@@ -33,6 +33,7 @@ class VariantConfig:
     dynamic: bool  # 8-bit activations too, but for the head and float_inputs matrix products
     smoothing: float  # share of the activations' unevenness that goes into the weights, where dynamic
     float_inputs: int  # how many matrix products, those with the most uneven inputs, stay weight-only
+    eight_bit_products: int  # how many matrix products, those that lose most by 4 bits, keep 8, where gptq
 
     def __post_init__(self) -> None:
         config.require_one_of("quantize.VARIANT.bits", self.bits, [4, 8])
@@ -45,6 +46,7 @@ class VariantConfig:
             raise ValueError("quantize.VARIANT.algorithm gptq is symmetric true only")
         if self.dynamic and (self.bits, self.algorithm) != (8, "rtn"):
             raise ValueError("quantize.VARIANT.dynamic is 8 bits, algorithm rtn only")
+        config.require_range("quantize.VARIANT.eight_bit_products", self.eight_bit_products, 0, 100_000)
         config.require_range("quantize.VARIANT.smoothing", self.smoothing, 0, 1)
         config.require_range("quantize.VARIANT.float_inputs", self.float_inputs, 0, 100_000)
 

@@ -1,8 +1,10 @@
 """Rounding of weights one input channel after the other, each error made up for in the channels to come.
 
-GPTQ, arXiv:2210.17323, with a scale per block of input channels.
+GPTQ, arXiv:2210.17323, with a scale per block of input channels. The channels with the largest inputs come first, when
+most others are left to make up for them; so scales are those of the weights as they were.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,35 +14,48 @@ DAMPING = 0.01  # of the mean diagonal, as in the paper
 SHRINK = tuple(1 - step / 20 for step in range(9))  # scales to try: a cut outlier can cost less than a coarse rest
 
 
-def gptq(
-    weight: NDArray[np.float32], gram: NDArray[np.float64], bits: int, block_size: int
-) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Codes (inputs, outputs), whose zero is 2 ** (bits - 1), and scales (blocks, outputs).
+@dataclass
+class Rounded:
+    codes: NDArray[np.uint8]  # (inputs, outputs); zero is 2 ** (bits - 1)
+    scales: NDArray[np.float32]  # (blocks, outputs)
+    error: float  # of the products' squared sum
 
-    `weight` is (inputs, outputs); `gram` (inputs, inputs) is X transposed times X of what it is multiplied with.
+
+def gptq(weight: NDArray[np.float32], gram: NDArray[np.float64], bits: int, block_size: int) -> Rounded:
+    """`weight` is (inputs, outputs); `gram` (inputs, inputs) is X transposed times X of what it is multiplied with.
 
     Raises ValueError where block_size does not divide the inputs.
     """
     inputs, outputs = weight.shape
     if inputs % block_size:
         raise ValueError(f"block_size {block_size} does not divide the {inputs} inputs of a weight")
-    factor = _factor(gram)
-    left = weight.astype(np.float32).copy()
+    weight, importance = weight.astype(np.float32), np.diag(gram)
+    blocks = [slice(start, start + block_size) for start in range(0, inputs, block_size)]
+    scales = np.stack([best_scale(weight[block], bits, importance[block]) for block in blocks])
+    order = np.argsort(-importance, kind="stable")
+    factor = _factor(gram[np.ix_(order, order)])
+    left = weight[order]
     codes = np.empty((inputs, outputs), np.uint8)
-    scales = np.empty((inputs // block_size, outputs), np.float32)
-    for start in range(0, inputs, block_size):
-        end = start + block_size
-        rows = left[start:end]
-        scales[start // block_size] = scale = best_scale(rows, bits, np.diag(gram)[start:end])
+    for block in blocks:
+        rows, here, later = left[block], factor[block, block], factor[block, block.stop :]
         errors = np.empty_like(rows)
-        for at in range(block_size):
-            channel = start + at
-            codes[channel] = code = encode(rows[at], scale, bits)
-            rounded = (code.astype(np.float32) - 2 ** (bits - 1)) * scale
-            errors[at] = (rows[at] - rounded) / factor[channel, channel]
-            rows[at + 1 :] -= np.outer(factor[channel, channel + 1 : end], errors[at])
-        left[end:] -= factor[start:end, end:].T @ errors
-    return codes, scales
+        for at, channel in enumerate(order[block]):
+            scale = scales[channel // block_size]
+            codes[channel] = encode(rows[at], scale, bits)
+            errors[at] = (rows[at] - decode(codes[channel], scale, bits)) / here[at, at]
+            rows[at + 1 :] -= np.outer(here[at, at + 1 :], errors[at])
+        left[block.stop :] -= later.T @ errors
+    lost = weight - decode(codes, scales.repeat(block_size, 0), bits)
+    return Rounded(codes, scales, float(_products(lost, gram) / max(_products(weight, gram), 1e-30)))
+
+
+def _products(weight: NDArray[np.float32], gram: NDArray[np.float64]) -> float:
+    """The squared sum of what `weight` gives."""
+    return float(np.sum((gram.astype(np.float32) @ weight) * weight, dtype=np.float64))
+
+
+def decode(codes: Any, scale: Any, bits: int) -> NDArray[np.float32]:
+    return np.asarray((codes.astype(np.float32) - 2 ** (bits - 1)) * scale)
 
 
 def encode(values: Any, scale: Any, bits: int) -> NDArray[np.uint8]:
@@ -60,9 +75,9 @@ def best_scale(rows: NDArray[np.float32], bits: int, importance: NDArray[np.floa
     weight = importance[:, None].astype(np.float32)
     tried = []
     for shrink in SHRINK:
-        rounded = (encode(rows, shrink * scale, bits).astype(np.float32) - zero) * (shrink * scale)
+        rounded = decode(encode(rows, shrink * scale, bits), shrink * scale, bits)
         tried.append((weight * (rows - rounded) ** 2).sum(0))
-    return np.asarray(scale * np.array(SHRINK, np.float32)[np.argmin(tried, 0)])
+    return np.asarray(scale * np.array(SHRINK, np.float32)[np.argmin(tried, 0)], np.float32)
 
 
 def _factor(gram: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -1,5 +1,6 @@
 """Quantization of the fused graph: all MatMuls, and the embedding, stored once."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 from onnxruntime.quantization.quant_utils import QuantFormat
 
 from pipeline.model import onnx_calibration, onnx_dynamic
-from pipeline.model.gptq import gptq
+from pipeline.model.gptq import Rounded, gptq
+
+log = logging.getLogger(__name__)
 
 Rows = Sequence[tuple[list[int], int]]  # texts to calibrate on, as onnx_calibration.activations takes them
 
@@ -72,21 +75,30 @@ def _make_dynamic(model: onnx.ModelProto, seen: onnx_calibration.Activations, cf
 
 
 def _round_by_gptq(model: onnx.ModelProto, seen: onnx_calibration.Activations, cfg: Any) -> None:
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "MatMul":
-            weight = numpy_helper.to_array(weights[node.input[1]])
-            codes, scales = gptq(weight, seen.gram[node.input[0]], cfg.bits, cfg.block_size)
-            model.graph.initializer.extend(_pack(node, codes, scales, cfg))
+    """To 8 bits those `cfg.eight_bit_products` that lose most by 4; the head, which is the embedding too, never."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = [node for node in model.graph.node if node.op_type == "MatMul"]
+
+    def rounded(node: onnx.NodeProto, bits: int) -> Rounded:
+        return gptq(numpy_helper.to_array(tensors[node.input[1]]), seen.gram[node.input[0]], bits, cfg.block_size)
+
+    made = {node.name: (rounded(node, cfg.bits), cfg.bits) for node in nodes}
+    body = [node for node in nodes if node.output[0] != "logits"]
+    body.sort(key=lambda node: made[node.name][0].error, reverse=True)
+    for node in body[: cfg.eight_bit_products]:
+        log.info("%s keeps 8 bits: 4 lose %.2f%% of its products", node.name, 100 * made[node.name][0].error)
+        made[node.name] = rounded(node, 8), 8
+    for node in nodes:
+        model.graph.initializer.extend(_pack(node, *made[node.name], cfg))
 
 
-def _pack(node: onnx.NodeProto, codes: Any, scales: Any, cfg: Any) -> list[onnx.TensorProto]:
-    """Make `node` a MatMulNBits of `codes` (inputs, outputs); its two new tensors."""
-    inputs, outputs = codes.shape
-    packed = codes.T.reshape(outputs, inputs // cfg.block_size, cfg.block_size)
-    if cfg.bits == 4:
+def _pack(node: onnx.NodeProto, rounded: Rounded, bits: int, cfg: Any) -> list[onnx.TensorProto]:
+    """Make `node` a MatMulNBits; its two new tensors."""
+    inputs, outputs = rounded.codes.shape
+    packed = rounded.codes.T.reshape(outputs, inputs // cfg.block_size, cfg.block_size)
+    if bits == 4:
         packed = packed[:, :, ::2] | (packed[:, :, 1::2] << 4)
-    weight, scale = f"{node.input[1]}_Q{cfg.bits}", f"{node.input[1]}_scales"
+    weight, scale = f"{node.input[1]}_Q{bits}", f"{node.input[1]}_scales"
     made = helper.make_node(
         "MatMulNBits",
         [node.input[0], weight, scale],
@@ -95,14 +107,14 @@ def _pack(node: onnx.NodeProto, codes: Any, scales: Any, cfg: Any) -> list[onnx.
         domain="com.microsoft",
         K=inputs,
         N=outputs,
-        bits=cfg.bits,
+        bits=bits,
         block_size=cfg.block_size,
         accuracy_level=cfg.accuracy_level,
     )
     node.CopyFrom(made)
     return [
         numpy_helper.from_array(np.ascontiguousarray(packed), weight),
-        numpy_helper.from_array(np.ascontiguousarray(scales.T).reshape(-1), scale),
+        numpy_helper.from_array(np.ascontiguousarray(rounded.scales.T).reshape(-1), scale),
     ]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.model import onnx_calibration, onnx_dynamic
 from pipeline.model.agreement import onnx_logits
-from pipeline.model.gptq import encode, gptq
+from pipeline.model.gptq import decode, encode, gptq
 from pipeline.model.onnx_quantize import quantize
 from pipeline.quantize import VariantConfig
 
@@ -26,11 +26,13 @@ def settings(**changed: object) -> VariantConfig:
         "dynamic": False,
         "smoothing": 0.5,
         "float_inputs": 0,
+        "eight_bit_products": 0,
     }
     return VariantConfig(**values | changed)  # type: ignore[arg-type]
 
 
 def made(fused: Path, out: Path, cfg: VariantConfig) -> Counter[str]:
+    out.mkdir(exist_ok=True)
     return quantize(fused / "model.onnx", out / "model.onnx", cfg, [(row, 0) for row in ROWS])
 
 
@@ -61,15 +63,15 @@ def test_every_weight_is_quantized_and_logits_stay_near(
 def test_gptq_is_plain_rounding_by_the_best_scale_when_inputs_do_not_correlate() -> None:
     """The best of nine, from that of the value furthest from zero to 0.6 of it, tried one by one here."""
     weight = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
-    codes, scales = gptq(weight, np.eye(64), bits=4, block_size=32)
+    found = gptq(weight, np.eye(64), bits=4, block_size=32)
     for block in range(2):
         for number, column in enumerate(weight[32 * block : 32 * block + 32].T):
             widest = column[np.abs(column).argmax()] / -8
             tried = [widest * np.float32(1 - step / 20) for step in range(9)]
             lost = [float(np.square(column - (np.clip(np.rint(column / s), -8, 7) * s)).sum()) for s in tried]
             best = tried[int(np.argmin(lost))]
-            np.testing.assert_allclose(scales[block, number], best, rtol=1e-5)
-            np.testing.assert_array_equal(codes[32 * block : 32 * block + 32, number], encode(column, best, 4))
+            np.testing.assert_allclose(found.scales[block, number], best, rtol=1e-5)
+            np.testing.assert_array_equal(found.codes[32 * block : 32 * block + 32, number], encode(column, best, 4))
             assert min(lost) <= lost[0]
 
 
@@ -79,11 +81,24 @@ def test_gptq_loses_less_than_rounding_when_inputs_correlate() -> None:
     weight = rng.normal(size=(64, 20)).astype(np.float32)
 
     def lost(gram: np.ndarray) -> float:
-        codes, scales = gptq(weight, gram, bits=4, block_size=32)
-        rounded = (codes.astype(np.float32) - 8) * scales.repeat(32, axis=0)
+        found = gptq(weight, gram, bits=4, block_size=32)
+        rounded = decode(found.codes, found.scales.repeat(32, axis=0), 4)
         return float(np.square(inputs @ (weight - rounded)).sum())
 
-    assert lost(inputs.T @ inputs) < 0.5 * lost(np.eye(64))
+    exact = inputs.T @ inputs
+    assert lost(exact) < 0.5 * lost(np.eye(64))
+    expected = lost(exact) / np.square(inputs @ weight).sum()
+    np.testing.assert_allclose(gptq(weight, exact, bits=4, block_size=32).error, expected, rtol=1e-3)
+
+
+def test_what_loses_most_keeps_eight_bits(tiny_fused: Path, tmp_path: Path) -> None:
+    four = +made(tiny_fused, tmp_path / "4", settings(bits=4, algorithm="gptq"))
+    mixed = +made(tiny_fused, tmp_path / "mixed", settings(bits=4, algorithm="gptq", eight_bit_products=3))
+    assert mixed["4"] + mixed["8"] == four["4"]
+    assert 0 < mixed["8"] < mixed["4"]
+    expected = np.concatenate(onnx_logits(tiny_fused, ROWS))
+    lost = [np.square(np.concatenate(onnx_logits(tmp_path / name, ROWS)) - expected).sum() for name in ("4", "mixed")]
+    assert lost[1] < lost[0]
 
 
 def test_gptq_refuses_a_block_that_does_not_divide() -> None:
