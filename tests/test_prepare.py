@@ -3,6 +3,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,13 +46,17 @@ def test_noise_leaves_words_of_the_call_whole() -> None:
 def test_a_tool_with_four_times_the_phrasings_gets_twice_the_requests() -> None:
     def asked(name: str, n: int) -> list[Phrasing]:
         call = {"name": name, "arguments": {"command" if name == "Bash" else "file_path": "x"}}
+        template = {"category": name, "expected": call}
         return [
-            Phrasing(f"{name}:{at}", {"id": f"{name}-{at}", "category": name, "expected": call, "messages": messages})
-            for at, messages in enumerate([{"role": "user", "content": f"x {{{{n}}}} {n}"}] for n in range(n))
+            Phrasing(
+                f"{name}:{at}",
+                {**template, "id": f"{name}-{at}", "messages": [{"role": "user", "content": f"x {{{{n}}}} {at}"}]},
+            )
+            for at in range(n)
         ]
 
     tools = parse_tools(files.read_json(ROOT / "data/tools.json"), "tools.json")
-    slots = {"n": [str(n) for n in range(1000)]}
+    slots: dict[str, list[str | dict[str, Any]]] = {"n": [str(n) for n in range(1000)]}
     cfg = replace(CFG, none_fraction=0, foreign_fraction=0)
     made = make([*asked("Bash", 16), *asked("Read", 4)], slots, tools, cfg, (600, random.Random(0), set()))
     assert 1.7 < Counter(r.category for r in made)["Bash"] / Counter(r.category for r in made)["Read"] < 2.3

@@ -95,9 +95,8 @@ def _round_by_gptq(model: onnx.ModelProto, seen: onnx_calibration.Activations, c
 def _pack(node: onnx.NodeProto, rounded: Rounded, bits: int, cfg: Any) -> list[onnx.TensorProto]:
     """Make `node` a MatMulNBits; its two new tensors."""
     inputs, outputs = rounded.codes.shape
-    packed = rounded.codes.T.reshape(outputs, inputs // cfg.block_size, cfg.block_size)
-    if bits == 4:
-        packed = packed[:, :, ::2] | (packed[:, :, 1::2] << 4)
+    codes = rounded.codes.T.reshape(outputs, inputs // cfg.block_size, cfg.block_size)
+    packed = codes[:, :, ::2] | (codes[:, :, 1::2] << 4) if bits == 4 else codes
     weight, scale = f"{node.input[1]}_Q{bits}", f"{node.input[1]}_scales"
     made = helper.make_node(
         "MatMulNBits",
