@@ -38,7 +38,7 @@ class Peer(Protocol):
     def reply(self, asked: Asked) -> Reply: ...
 
     def many(self, asked: list[Asked], clients: int) -> float | None:
-        """Seconds to answer them all, `clients` at a time. None where the peer cannot: requests wait their turn then."""
+        """Seconds to answer them all, `clients` at a time. None where it cannot: requests wait their turn then."""
 
 
 def main(load: Callable[[dict[str, Any]], Peer]) -> None:

@@ -20,7 +20,9 @@ class Genai:
 
     def __init__(self, work: dict[str, Any]) -> None:
         config = genai.Config(work["model"])
-        config.overlay(f'{{"model": {{"decoder": {{"session_options": {{"intra_op_num_threads": {work["threads"]}}}}}}}}}')
+        config.overlay(
+            f'{{"model": {{"decoder": {{"session_options": {{"intra_op_num_threads": {work["threads"]}}}}}}}}}'
+        )
         self._model = genai.Model(config)
         params = genai.GeneratorParams(self._model)
         longest = max(len(asked["prompt"]) + asked["max_new_tokens"] for asked in work["requests"])
