@@ -162,11 +162,11 @@ class Workshop:
             export_gguf(tuned, out, weights)
         return out
 
-    def measure(self, python: str, script: str, work: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, script: Sequence[str], work: dict[str, Any]) -> dict[str, Any]:
         asked, told = self._models / "work.json", self._models / "replies.json"
         told.unlink(missing_ok=True)
         files.write_json(asked, work)
-        _call([python, *script.split(), str(asked), str(told)])
+        _call([*script, str(asked), str(told)])
         return dict(files.read_json(told))
 
 
@@ -178,19 +178,23 @@ def run(paths: config.Paths, techniques: Techniques, benchmark: BenchmarkConfig,
     workshop = Workshop(paths, cfg.environments)
     scored = Scored(requests, tokenizer)
     work = work_of(requests, tokenizer, benchmark)
+    more = {
+        True: {"techniques": asdict(techniques), "together": benchmark.together},
+        False: {"techniques": None, "together": 0},
+    }
     ours: dict[str, Any] = {}
     reference: list[list[int]] = []
-    for variant, folder in FOLDERS.items():
+    for variant in FOLDERS:
         log.info("%s ...", variant)
-        held = variant in HELD
-        more = {"techniques": asdict(techniques) if held else None, "together": benchmark.together if held else 0}
-        model = paths.models / folder
-        found = workshop.measure(
-            sys.executable, "-m pipeline.peer.run_ours", work | more | {"model": str(model), "tools": str(paths.tools)}
-        )
+        model = {"model": str(paths.models / FOLDERS[variant]), "tools": str(paths.tools)}
+        found = workshop.measure([sys.executable, "-m", "pipeline.peer.run_ours"], work | model | more[variant in HELD])
+        ours[variant] = {
+            "weights": variant,
+            "model_bytes": weights_bytes(paths.models / FOLDERS[variant]),
+            **scored.figures(found),
+        }
         if variant == REFERENCE:
             reference = [reply["tokens"] for reply in found["replies"][: cfg.check_requests]]
-        ours[variant] = {"weights": variant, "model_bytes": weights_bytes(model), **scored.figures(found)}
     peers: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for name in cfg.names:
@@ -252,10 +256,10 @@ def beside(
     cfg: PeersConfig,
 ) -> dict[str, Any]:
     """Raises LeftOutError where the peer fails, or its replies in full precision are not ours."""
-    python, script = workshop.python(peer), str(SCRIPTS / f"{peer.script}.py")
+    script = [workshop.python(peer), str(SCRIPTS / f"{peer.script}.py")]
     work = work | {"build": workshop.flags(peer), "compile": peer.compile}
     few = {"requests": work["requests"][: cfg.check_requests], "min_s": 0, "speed": False, "exact": True}
-    full = workshop.measure(python, script, work | few | {"model": str(workshop.model(peer, peer.full))})
+    full = workshop.measure(script, work | few | {"model": str(workshop.model(peer, peer.full))})
     same = [reply["tokens"] == ours for reply, ours in zip(full["replies"], reference, strict=True)]
     same_fraction = sum(same) / len(same)
     if same_fraction < cfg.min_same_reply_fraction:
@@ -264,7 +268,7 @@ def beside(
             f"with {peer.full} weights {same_fraction:.0%} of its replies are {REFERENCE}'s, under {least:.0%}"
         )
     model = workshop.model(peer, peer.weights)
-    found = workshop.measure(python, script, scored.with_grammar(work, peer.grammar) | {"model": str(model)})
+    found = workshop.measure(script, scored.with_grammar(work, peer.grammar) | {"model": str(model)})
     return {
         "weights": peer.weights,
         "model_bytes": weights_bytes(model),
@@ -286,7 +290,6 @@ class Scored:
     def figures(self, found: dict[str, Any]) -> dict[str, Any]:
         """What reports/peers.json says of a runtime, from what its script measured."""
         replies = found["replies"]
-        decode_s = sum(reply["total_s"] - reply["first_token_s"] for reply in replies)
         exact = [
             row(request, Answer(self.text(reply["tokens"], request.tools)))["outcome"] == Outcome.EXACT
             for request, reply in zip(self._requests, replies, strict=False)  # the first pass
@@ -297,7 +300,6 @@ class Scored:
             "exact_call_fraction": sum(exact) / len(exact),
             "call_s": percentiles([reply["total_s"] for reply in replies]),
             "first_token_s": percentiles([reply["first_token_s"] for reply in replies]),
-            "decode_tokens_per_s": sum(len(reply["tokens"]) - 1 for reply in replies) / decode_s if decode_s else None,
             f"calls_per_s_at_{CLIENTS}": found["calls_per_s_many"],
         }
 

@@ -7,7 +7,6 @@ Scripts of this folder run in environments of their own and need nothing of the 
 
 import json
 import random
-import resource
 import statistics
 import sys
 import time
@@ -17,7 +16,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Protocol
 
-PREFILL_TOKENS = 256
+PREFILL_TOKENS, DECODE_TOKENS = 256, 64
 
 Asked = dict[str, Any]  # prompt: token ids; prefix: how many of them every request has; max_new_tokens; grammar
 
@@ -58,19 +57,18 @@ def measure(load: Callable[[dict[str, Any]], Peer], work: dict[str, Any]) -> dic
     while not replies or time.perf_counter() - start < work["min_s"]:  # whole passes: the same requests for everybody
         replies += [peer.reply(asked) for asked in requests]
     one_client_s = time.perf_counter() - start
-    peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found: dict[str, Any] = {
         "version": peer.version,
         "build": peer.build,
         "prefix_cache": peer.prefix_cache,
         "grammar": peer.grammar,
         "load_s": load_s,
-        "peak_rss_bytes": peak_rss_bytes,
+        "peak_rss_bytes": peak_rss_bytes(),
         "replies": [asdict(reply) for reply in replies],
     }
     if not work["speed"]:
         return found
-    found["prefill_tokens_per_s"] = prefill_tokens_per_s(peer, work)
+    found |= speeds(peer, work)
     clients: int = work["clients"]
     asked_together = list(islice(cycle(requests), max(len(requests), clients * work["calls_per_client"])))
     wall_s = peer.many(asked_together, clients)
@@ -79,12 +77,22 @@ def measure(load: Callable[[dict[str, Any]], Peer], work: dict[str, Any]) -> dic
     return found
 
 
-def prefill_tokens_per_s(peer: Peer, work: dict[str, Any]) -> float:
-    """Median of five prompts of random tokens, which no prefix cache knows."""
+def speeds(peer: Peer, work: dict[str, Any]) -> dict[str, float]:
+    """Of five prompts of random tokens, which no cache and no grammar knows; a token a step."""
     rng = random.Random(0)
-    times = []
+    replies = []
     for _ in range(5):
         prompt = [rng.randrange(100, work["vocabulary"]) for _ in range(PREFILL_TOKENS)]
-        asked = {"prompt": prompt, "prefix": 1, "max_new_tokens": 2, "grammar": None}
-        times.append(peer.reply(asked).first_token_s)
-    return PREFILL_TOKENS / statistics.median(times)
+        replies.append(peer.reply({"prompt": prompt, "prefix": 1, "max_new_tokens": DECODE_TOKENS, "grammar": None}))
+    steps = sum(len(reply.tokens) - 1 for reply in replies)
+    return {
+        "prefill_tokens_per_s": PREFILL_TOKENS / statistics.median(reply.first_token_s for reply in replies),
+        "decode_tokens_per_s": steps / sum(reply.total_s - reply.first_token_s for reply in replies),
+    }
+
+
+def peak_rss_bytes() -> int | None:
+    """None but on Linux. getrusage would count what the parent process took before it started this one."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)

@@ -90,7 +90,7 @@ class LlamaCpp:
         start = time.perf_counter()
         prefix = asked["prompt"][: asked["prefix"]]
         if prefix != self._prefix:
-            lib.llama_memory_clear(self._memory, data=False)
+            lib.llama_memory_clear(self._memory, False)
             self._decode([(token, position, 0) for position, token in enumerate(prefix)], [])
             self._prefix = prefix
         lib.llama_memory_seq_rm(self._memory, place, -1, -1)

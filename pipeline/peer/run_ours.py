@@ -5,9 +5,9 @@ A call is more than a peer's: the request is tokenized and the reply parsed with
 
 import asyncio
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +35,20 @@ class Ours:
         return ToolCaller.load(folder, tools, "cpu", threads, self._techniques, together)
 
     def reply(self, asked: harness.Asked) -> harness.Reply:
+        tools, most = self._caller.tools, asked["max_new_tokens"]
         start = time.perf_counter()
         if "messages" not in asked:  # a prompt of random tokens
-            found = generate(self._caller.runtime, self._random(asked["prompt"]), None, PLAIN)
-            return harness.Reply([next(found).id], time.perf_counter() - start, time.perf_counter() - start)
-        tools, most = self._caller.tools, asked["max_new_tokens"]
+            prompt = Prompt(asked["prompt"][:1], asked["prompt"][1:], self._caller.tokenizer.eos_token_id, "")
+            stream = islice(generate(self._caller.runtime, prompt, None, PLAIN), most)
+        else:
+            stream = self._caller.stream(self._caller.prompt(asked["messages"], tools, most, Choice.AUTO), tools, most)
         tokens: list[Token] = []
         first_token_s = 0.0
-        for token in self._caller.stream(self._caller.prompt(asked["messages"], tools, most, Choice.AUTO), tools, most):
+        for token in stream:
             first_token_s = first_token_s or time.perf_counter() - start
             tokens.append(token)
         parse_call(self._caller.decode(tokens, tools)[0])
         return harness.Reply([token.id for token in tokens], first_token_s, time.perf_counter() - start)
-
-    def _random(self, prompt: Sequence[int]) -> Prompt:
-        return Prompt(prompt[:1], prompt[1:], self._caller.tokenizer.eos_token_id, "")
 
     def many(self, asked: list[harness.Asked], clients: int) -> float | None:
         """Through the server's engine, without HTTP; None where the runtime answers one at a time."""
