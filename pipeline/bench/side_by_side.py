@@ -59,8 +59,8 @@ def markdown(report: dict[str, Any]) -> str:
             f"The tuned model in all of them, greedy, {report['requests']} test requests, one run on "
             f"{machine['cpu']}, "
             f"{machine['cores']} cores. Peers get the prompt as tokens; our calls include tokenizing and parsing. "
-            "Of the runtimes without batches, calls/s at 20 clients are those of one. Prefill and decode: 256 random tokens, then "
-            "64 more, a token a step.",
+            "Of the runtimes without batches, calls/s at 20 clients are those of one. "
+            "Prefill and decode: 256 random tokens, then 64 more, a token a step.",
             table(report).to_markdown(index=False, disable_numparse=True),
             "![Exact calls against p50](peers.png)",
             "## The best of ours and the best of the peers",
