@@ -14,8 +14,9 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -171,13 +172,11 @@ class Workshop:
 
 
 def run(paths: config.Paths, techniques: Techniques, benchmark: BenchmarkConfig, cfg: PeersConfig) -> dict[str, Any]:
-    read = files.read_spread(paths.prepared / "test.jsonl", cfg.requests or benchmark.requests)
-    requests = [parse_request(value, (), where) for where, value in read]
-    random.Random(0).shuffle(requests)
     tokenizer = Tokenizer(paths.models / "tuned")
+    warmup, requests, many = read_requests(paths.prepared / "test.jsonl", cfg.requests or benchmark.requests, benchmark)
     workshop = Workshop(paths, cfg.environments)
     scored = Scored(requests, tokenizer)
-    work = work_of(requests, tokenizer, benchmark)
+    work = work_of({"warmup": warmup, "requests": requests, "many": many}, tokenizer, benchmark)
     more = {
         True: {"techniques": asdict(techniques), "together": benchmark.together},
         False: {"techniques": None, "together": 0},
@@ -219,31 +218,41 @@ def run(paths: config.Paths, techniques: Techniques, benchmark: BenchmarkConfig,
     return report
 
 
-def work_of(requests: Sequence[Request], tokenizer: Tokenizer, benchmark: BenchmarkConfig) -> dict[str, Any]:
-    """What every script gets (pipeline/peer/harness.py)."""
-    asked = []
-    for request in requests:
-        prefix = prompt.prefix_tokens(tokenizer, request.tools)
-        asked.append(
-            {
-                "prompt": prefix + prompt.request_tokens(tokenizer, request.messages, request.tools),
-                "prefix": len(prefix),
-                "messages": list(request.messages),
-                "max_new_tokens": benchmark.max_new_tokens,
-                "grammar": None,
-            }
-        )
+def read_requests(path: Path, n: int, benchmark: BenchmarkConfig) -> Iterator[list[Request]]:
+    """To warm up with, to ask one by one, and to ask from many clients; none twice where the file holds enough."""
+    sizes = (benchmark.warmup_calls, n, CLIENTS * benchmark.calls_per_client)
+    read = files.read_spread(path, sum(sizes))
+    found = [parse_request(value, (), where) for where, value in read]
+    random.Random(0).shuffle(found)
+    endless = cycle(found)
+    return (list(islice(endless, size)) for size in sizes)
+
+
+def work_of(sets: dict[str, list[Request]], tokenizer: Tokenizer, benchmark: BenchmarkConfig) -> dict[str, Any]:
+    """What every script gets (pipeline/peer/harness.py), with grammars."""
+    asked = {name: [_asked(request, tokenizer, benchmark) for request in requests] for name, requests in sets.items()}
+    longest = max(len(one["prompt"]) for some in asked.values() for one in some) + benchmark.max_new_tokens
     return {
-        "requests": asked,
+        **asked,
+        "longest": longest,
         "threads": benchmark.threads,
-        "warmup_calls": benchmark.warmup_calls,
-        "min_s": benchmark.min_s,
         "clients": CLIENTS,
-        "calls_per_client": benchmark.calls_per_client,
         "end": tokenizer.eos_token_id,
         "vocabulary": len(tokenizer),
+        "grammar": True,
         "speed": True,
         "exact": False,
+    }
+
+
+def _asked(request: Request, tokenizer: Tokenizer, benchmark: BenchmarkConfig) -> dict[str, Any]:
+    prefix = prompt.prefix_tokens(tokenizer, request.tools)
+    return {
+        "prompt": prefix + prompt.request_tokens(tokenizer, request.messages, request.tools),
+        "prefix": len(prefix),
+        "messages": list(request.messages),
+        "max_new_tokens": benchmark.max_new_tokens,
+        "grammar": gbnf(request.tools),
     }
 
 
@@ -258,7 +267,13 @@ def beside(
     """Raises LeftOutError where the peer fails, or its replies in full precision are not ours."""
     script = [workshop.python(peer), str(SCRIPTS / f"{peer.script}.py")]
     work = work | {"build": workshop.flags(peer), "compile": peer.compile}
-    few = {"requests": work["requests"][: cfg.check_requests], "min_s": 0, "speed": False, "exact": True}
+    few = {
+        "warmup": [],
+        "requests": work["requests"][: cfg.check_requests],
+        "grammar": False,
+        "speed": False,
+        "exact": True,
+    }
     full = workshop.measure(script, work | few | {"model": str(workshop.model(peer, peer.full))})
     same = [reply["tokens"] == ours for reply, ours in zip(full["replies"], reference, strict=True)]
     same_fraction = sum(same) / len(same)
@@ -268,7 +283,7 @@ def beside(
             f"with {peer.full} weights {same_fraction:.0%} of its replies are {REFERENCE}'s, under {least:.0%}"
         )
     model = workshop.model(peer, peer.weights)
-    found = workshop.measure(script, scored.with_grammar(work, peer.grammar) | {"model": str(model)})
+    found = workshop.measure(script, work | {"grammar": peer.grammar, "model": str(model)})
     return {
         "weights": peer.weights,
         "model_bytes": weights_bytes(model),
@@ -283,16 +298,12 @@ class Scored:
     def __init__(self, requests: Sequence[Request], tokenizer: Tokenizer) -> None:
         self._requests, self._tokenizer = requests, tokenizer
 
-    def with_grammar(self, work: dict[str, Any], grammar: bool) -> dict[str, Any]:
-        pairs = zip(work["requests"], self._requests, strict=True)
-        return work | {"requests": [a | {"grammar": gbnf(r.tools)} if grammar else a for a, r in pairs]}
-
     def figures(self, found: dict[str, Any]) -> dict[str, Any]:
         """What reports/peers.json says of a runtime, from what its script measured."""
         replies = found["replies"]
         exact = [
             row(request, Answer(self.text(reply["tokens"], request.tools)))["outcome"] == Outcome.EXACT
-            for request, reply in zip(self._requests, replies, strict=False)  # the first pass
+            for request, reply in zip(self._requests, replies, strict=True)
         ]
         return {
             **{key: value for key, value in found.items() if key not in ("replies", "calls_per_s_many")},

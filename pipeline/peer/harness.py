@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,13 +49,10 @@ def measure(load: Callable[[dict[str, Any]], Peer], work: dict[str, Any]) -> dic
     peer = load(work)
     load_s = time.perf_counter() - start
     requests: list[Asked] = work["requests"]
-    for asked in requests[: work["warmup_calls"]]:
+    for asked in work["warmup"]:
         peer.reply(asked)
-    replies: list[Reply] = []
-    start = time.perf_counter()
-    while not replies or time.perf_counter() - start < work["min_s"]:  # whole passes: the same requests for everybody
-        replies += [peer.reply(asked) for asked in requests]
-    one_client_s = time.perf_counter() - start
+    # No request is asked twice: some keep the cache of whole prompts, which no user's next request would find.
+    replies = [peer.reply(asked) for asked in requests]
     found: dict[str, Any] = {
         "version": peer.version,
         "build": peer.build,
@@ -68,13 +64,11 @@ def measure(load: Callable[[dict[str, Any]], Peer], work: dict[str, Any]) -> dic
     }
     if not work["speed"]:
         return found
-    found |= speeds(peer, work)
-    clients: int = work["clients"]
-    asked_together = list(islice(cycle(requests), max(len(requests), clients * work["calls_per_client"])))
-    wall_s = peer.many(asked_together, clients)
+    wall_s = peer.many(work["many"], work["clients"])
     found["together"] = wall_s is not None
-    found["calls_per_s_many"] = len(asked_together) / wall_s if wall_s else len(replies) / one_client_s
-    return found
+    in_turn_per_s = len(replies) / sum(reply.total_s for reply in replies)
+    found["calls_per_s_many"] = len(work["many"]) / wall_s if wall_s else in_turn_per_s
+    return found | speeds(peer, work)
 
 
 def speeds(peer: Peer, work: dict[str, Any]) -> dict[str, float]:

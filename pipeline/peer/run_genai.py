@@ -25,8 +25,7 @@ class Genai:
         )
         self._model = genai.Model(config)
         params = genai.GeneratorParams(self._model)
-        longest = max(len(asked["prompt"]) + asked["max_new_tokens"] for asked in work["requests"])
-        params.set_search_options(do_sample=False, max_length=longest + harness.PREFILL_TOKENS, batch_size=1)
+        params.set_search_options(do_sample=False, max_length=work["longest"] + harness.PREFILL_TOKENS, batch_size=1)
         self._generator = genai.Generator(self._model, params)
         self._prefix: list[int] = []
         self._end = work["end"]

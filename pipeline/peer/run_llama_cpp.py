@@ -42,10 +42,10 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp cannot open {work['model']}")
         self._vocabulary = lib.llama_model_get_vocab(self._model)
         self._n_vocabulary = lib.llama_vocab_n_tokens(self._vocabulary)
-        longest = max(len(asked["prompt"]) + asked["max_new_tokens"] for asked in work["requests"])
         settings = lib.llama_context_default_params()
         settings.n_seq_max = work["clients"] + 1
-        settings.n_ctx = (longest + harness.PREFILL_TOKENS) * 2 + longest * work["clients"]
+        behind_prefix = work["longest"] - min(asked["prefix"] for asked in work["requests"])
+        settings.n_ctx = work["longest"] + 2 * harness.PREFILL_TOKENS + work["clients"] * behind_prefix
         settings.kv_unified = True
         settings.n_batch = settings.n_ctx
         settings.n_threads = settings.n_threads_batch = work["threads"]
@@ -55,7 +55,7 @@ class LlamaCpp:
         self._prefix: list[int] = []
         self._samplers: dict[str, Any] = {}
         self._eos = work["end"]
-        self.grammar = any(asked["grammar"] for asked in work["requests"])
+        self.grammar = work["grammar"]
         self.version = version("llama-cpp-python")
         self.build = f"{work['build']}; {lib.llama_print_system_info().decode().strip()}"
 
@@ -96,7 +96,7 @@ class LlamaCpp:
         lib.llama_memory_seq_rm(self._memory, place, -1, -1)
         lib.llama_memory_seq_cp(self._memory, 0, place, 0, len(prefix))
         sequence = Sequence(asked, at, start, asked["prompt"][len(prefix) :], len(prefix))
-        if asked["grammar"]:
+        if self.grammar and asked["grammar"]:
             sequence.sampler = lib.llama_sampler_clone(self._sampler(asked["grammar"]))
         return sequence
 

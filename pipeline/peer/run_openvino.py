@@ -25,7 +25,7 @@ class OpenVino:
             settings |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
         self._pipeline = genai.ContinuousBatchingPipeline(Path(work["model"]), scheduler, "CPU", settings)
         self._end = work["end"]
-        self.grammar = any(asked["grammar"] for asked in work["requests"])
+        self.grammar = work["grammar"]
         self.version = version("openvino-genai")
         self.build = f"wheel; OpenVINO {openvino.__version__}, {settings}"
 
@@ -56,7 +56,7 @@ class OpenVino:
         config = genai.GenerationConfig()
         config.do_sample, config.max_new_tokens, config.eos_token_id = False, asked["max_new_tokens"], self._end
         config.stop_token_ids = {self._end}
-        if asked["grammar"]:
+        if self.grammar and asked["grammar"]:
             config.structured_output_config = genai.StructuredOutputConfig(grammar=asked["grammar"])
         return self._pipeline.add_request(number, openvino.Tensor(np.array([asked["prompt"]], np.int64)), config)
 

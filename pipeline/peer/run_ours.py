@@ -63,6 +63,7 @@ class Ours:
             messages, most = tuple(request["messages"]), request["max_new_tokens"]
             await engine.whole(Asked(messages, self._caller.tools, Choice.AUTO, most, stream=False))
 
+        asyncio.run(answer(0))  # the prefix, which the others have by now
         served = asyncio.run(serve(answer, clients, len(asked)))
         engine.stop()
         if served.errors:

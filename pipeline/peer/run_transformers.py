@@ -15,13 +15,12 @@ class Transformers:
     def __init__(self, work: dict[str, Any]) -> None:
         torch.set_num_threads(work["threads"])
         self._model: Any = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32).eval()
-        longest = max(len(asked["prompt"]) + asked["max_new_tokens"] for asked in work["requests"])
         self._compiled = work["compile"]
         self._cache: Any = DynamicCache()
         self._decode = self._model
         if self._compiled:
             # As transformers' own generate() does: steps of one token are compiled, prompts of any length are not.
-            self._cache = StaticCache(self._model.config, max_cache_len=longest + harness.PREFILL_TOKENS)
+            self._cache = StaticCache(self._model.config, max_cache_len=work["longest"] + harness.PREFILL_TOKENS)
             self._decode = torch.compile(self._model, fullgraph=True)
         self._prefix: list[int] = []
         self._end = work["end"]
