@@ -23,10 +23,13 @@ TOOLS = parse_tools(
                     "new_string": {"type": "string"},
                     "mode": {"enum": ["a", 'b"c'], "type": "string"},
                     "timeout": {"type": "integer", "x-copy": "milliseconds"},
-                    "options": {"type": "object"},
                 },
                 "required": ["file_path", "new_string"],
             },
+        },
+        {
+            "name": "Set",
+            "parameters": {"type": "object", "properties": {"options": {"type": "object"}}, "required": ["options"]},
         },
         {"name": "Stop", "parameters": {"type": "object", "properties": {}}},
     ],
@@ -41,7 +44,9 @@ TOOLS = parse_tools(
         ("<tool_call>Stop", True),
         ("<tool_call>Edit\nfile_path = a b.py\nnew_string: x\ny", True),
         ('<tool_call>Edit\nfile_path = a\nnew_string: \nmode: b"c\ntimeout: 90 s', True),
-        ('<tool_call>Edit\nfile_path = a\nnew_string: \ntimeout: 5000\noptions: {"a": [1, -2.5e3, "\\n"]}', True),
+        ("<tool_call>Edit\nfile_path = a\nnew_string: \ntimeout: 5000", True),
+        ('<tool_call>Set\noptions: {"a": [1, -2.5e3, "\\n"]}', True),
+        ('<tool_call>Set\noptions: {"a": [1}', False),
         ("<tool_call>Other", False),
         ("<tool_call>Edit\nnew_string: x", False),  # the path is required
         ("<tool_call>Edit\nfile_path: a\nnew_string: x", False),  # and a copy
