@@ -114,6 +114,7 @@ class Workshop:
         self._paths, self._environments = paths, environments
         self._models = paths.models / "peers"
         self._made: dict[str, Path] = {}
+        self._failed: dict[str, str] = {}  # scripts whose packages cannot be installed, and why
         self._models.mkdir(parents=True, exist_ok=True)
 
     def python(self, peer: Peer) -> str:
@@ -121,18 +122,28 @@ class Workshop:
         if not peer.packages:
             return sys.executable
         folder = self._environments / peer.script
-        python, installed, wanted = folder / "bin" / "python", folder / "installed", " ".join(peer.packages)
-        if installed.exists() and installed.read_text(encoding="utf-8") == wanted + self.flags(peer):
-            return str(python)
+        installed, wanted = folder / "installed", " ".join([*peer.packages, self.flags(peer)])
+        python = str(folder / "bin" / "python")
+        if installed.exists() and installed.read_text(encoding="utf-8") == wanted:
+            return python
+        if peer.script not in self._failed:
+            try:
+                self._install(peer, folder, python)
+            except LeftOutError as why:
+                self._failed[peer.script] = str(why)
+            else:
+                files.write_text(installed, wanted)
+                return python
+        raise LeftOutError(self._failed[peer.script])
+
+    def _install(self, peer: Peer, folder: Path, python: str) -> None:
         if peer.packages == LLAMA_CPP and not any(map(shutil.which, ("c++", "g++", "clang++"))):
             raise LeftOutError("llama-cpp-python has to be built, and no C++ compiler was found")
-        log.info("installing %s into %s ...", wanted, folder)
+        log.info("installing %s into %s ...", " ".join(peer.packages), folder)
         shutil.rmtree(folder, ignore_errors=True)
         _call([sys.executable, "-m", "venv", str(folder)])
         flags = {"CMAKE_ARGS": self.flags(peer)} if peer.packages == LLAMA_CPP else {}
-        _call([str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *peer.packages], flags)
-        files.write_text(installed, wanted + self.flags(peer))
-        return str(python)
+        _call([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *peer.packages], flags)
 
     def flags(self, peer: Peer) -> str:
         amx = "amx_int8" in machine()["instruction_sets"]
@@ -160,7 +171,10 @@ class Workshop:
         if weights == "Q4_K_M":
             _call([self.python(peer), script, "quantize", str(self.model(peer, "F32")), str(out)])
         else:
-            export_gguf(tuned, out, weights)
+            try:
+                export_gguf(tuned, out, weights)
+            except ValueError as why:  # of a model that it does not know
+                raise LeftOutError(str(why)) from why
         return out
 
     def measure(self, script: Sequence[str], work: dict[str, Any]) -> dict[str, Any]:

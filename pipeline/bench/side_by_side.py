@@ -90,6 +90,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
             axes.scatter(*place, s=found["model_bytes"] / 1e6, c=colour, alpha=0.6)
             axes.annotate(name, place, fontsize=7, xytext=(4, 4), textcoords="offset points")
     axes.set(xlabel="p50 of a call (ms)", ylabel="exact calls (fraction)", xscale="log")
+    axes.margins(x=0.15, y=0.1)
+    for format_ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        format_ticks("{x:.0f}")
     axes.set_title("orange: ours, blue: peers; area: bytes on disk", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
