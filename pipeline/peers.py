@@ -354,7 +354,8 @@ def _call(command: Sequence[str], environment: dict[str, str] | None = None) -> 
     )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise LeftOutError(f"{Path(command[1]).name} ended with {done.returncode}: {lines[-1] if lines else 'no word'}")
+        what = next((Path(part).name for part in command if part.endswith(".py")), " ".join(command[1:3]))
+        raise LeftOutError(f"{what} ended with {done.returncode}: {lines[-1] if lines else 'no word'}")
 
 
 @hydra.main(version_base="1.3", config_path="..", config_name="params")
