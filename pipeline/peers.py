@@ -191,7 +191,7 @@ def run(paths: config.Paths, techniques: Techniques, benchmark: BenchmarkConfig,
     workshop = Workshop(paths, cfg.environments)
     scored = Scored(requests, tokenizer)
     work = work_of({"warmup": warmup, "requests": requests, "many": many}, tokenizer, benchmark)
-    more = {
+    more: dict[bool, dict[str, Any]] = {
         True: {"techniques": asdict(techniques), "together": benchmark.together},
         False: {"techniques": None, "together": 0},
     }

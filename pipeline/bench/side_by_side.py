@@ -1,5 +1,6 @@
 """Our variants beside other runtimes: a page and a picture of reports/peers.json."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 SIDES = {"ours": "tab:orange", "peers": "tab:blue"}
-FIGURES = {  # of a row: how it reads, and whether more is better
+FIGURES: dict[
+    str, tuple[Callable[[dict[str, Any]], float | None], bool]
+] = {  # of a row: how it reads, and whether more is better
     "p50 ms": (lambda found: 1e3 * found["call_s"]["p50"], False),
     "p95 ms": (lambda found: 1e3 * found["call_s"]["p95"], False),
     "prefill tokens/s": (lambda found: found["prefill_tokens_per_s"], True),
@@ -38,12 +41,11 @@ def best(report: dict[str, Any]) -> list[str]:
     for key, (read, more) in FIGURES.items():
         firsts = []
         for side in SIDES:
-            values = {name: read(found) for name, found in report[side].items() if read(found) is not None}
+            values = [(value, name) for name, found in report[side].items() if (value := read(found)) is not None]
             if values:
-                name = (max if more else min)(values, key=lambda name: values[name])
-                firsts.append((name, values[name], side))
+                firsts.append(max(values) if more else min(values))
         if len(firsts) == 2:
-            (our, ours, _), (peer, theirs, _) = firsts
+            (ours, our), (theirs, peer) = firsts
             ratio = ours / theirs if more else theirs / ours
             verdict = f"{ratio:.1f} times better" if ratio >= 1 else f"**the peer is {1 / ratio:.1f} times better**"
             lines.append(f"- {key}: {our} {_short(ours)}, {peer} {_short(theirs)}: {verdict}")

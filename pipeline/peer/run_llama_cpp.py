@@ -144,7 +144,7 @@ class LlamaCpp:
             sequence.first_token_s = time.perf_counter() - sequence.start
         sequence.tokens.append(token)
         sequence.feed = [token]
-        return token == self._eos or len(sequence.tokens) == sequence.asked["max_new_tokens"]
+        return bool(token == self._eos or len(sequence.tokens) == sequence.asked["max_new_tokens"])
 
     def _allowed(self, sampler: Any, tokens: Any, logits: Any) -> Any:
         """`logits`, those of the tokens that the grammar does not allow minus infinity."""

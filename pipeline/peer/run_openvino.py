@@ -44,7 +44,8 @@ class OpenVino:
 
     def many(self, asked: list[harness.Asked], clients: int) -> float:
         start = time.perf_counter()
-        waiting, running = deque(enumerate(asked)), []
+        waiting = deque(enumerate(asked))
+        running: list[Any] = []
         while waiting or running:
             while waiting and len(running) < clients:
                 running.append(self._add(*waiting.popleft()))

@@ -8,11 +8,10 @@ import harness
 import onnxruntime
 import torch
 from optimum.onnxruntime import ORTModelForCausalLM
-from transformers.generation.streamers import BaseStreamer
 
 
-class FirstToken(BaseStreamer):
-    """generate() gives it the prompt, then each token."""
+class Clock:
+    """A streamer of generate(), which gives it the prompt, then each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -37,7 +36,7 @@ class Optimum:
         self.build = f"wheel; onnxruntime {onnxruntime.__version__}, float32"
 
     def reply(self, asked: harness.Asked) -> harness.Reply:
-        streamer = FirstToken()
+        streamer = Clock()
         start = time.perf_counter()
         prompt = torch.tensor([asked["prompt"]])
         tokens = self._model.generate(

@@ -5,6 +5,7 @@ A call is more than a peer's: the request is tokenized and the reply parsed with
 
 import asyncio
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
@@ -39,7 +40,7 @@ class Ours:
         start = time.perf_counter()
         if "messages" not in asked:  # a prompt of random tokens
             prompt = Prompt(asked["prompt"][:1], asked["prompt"][1:], self._caller.tokenizer.eos_token_id, "")
-            stream = islice(generate(self._caller.runtime, prompt, None, PLAIN), most)
+            stream: Iterator[Token] = islice(generate(self._caller.runtime, prompt, None, PLAIN), most)
         else:
             stream = self._caller.stream(self._caller.prompt(asked["messages"], tools, most, Choice.AUTO), tools, most)
         tokens: list[Token] = []
