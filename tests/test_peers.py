@@ -134,8 +134,8 @@ def test_where_a_peer_is_better_the_page_says_so() -> None:
     ours |= {"calls_per_s_at_20": 4.0, "model_bytes": 1e6, "peak_rss_bytes": 2e6, "load_s": 1.0}
     theirs = ours | {"call_s": {"p50": 0.3, "p95": 0.2}, "prefill_tokens_per_s": 100.0}
     lines = side_by_side.best({"ours": {"int8": ours}, "peers": {"llama.cpp": theirs}})
-    assert lines[0] == "- p50 ms: int8 100, llama.cpp 300: 3.0 times better"
-    assert lines[2] == "- prefill tokens/s: int8 50, llama.cpp 100: **the peer is 2.0 times better**"
+    assert lines[0] == "- p50 ms: int8 100, llama.cpp 300: 3.00 times better"
+    assert lines[2] == "- prefill tokens/s: int8 50, llama.cpp 100: **the peer is 2.00 times better**"
 
 
 def test_an_unknown_peer_is_refused() -> None:

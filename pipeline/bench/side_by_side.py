@@ -47,7 +47,7 @@ def best(report: dict[str, Any]) -> list[str]:
         if len(firsts) == 2:
             (ours, our), (theirs, peer) = firsts
             ratio = ours / theirs if more else theirs / ours
-            verdict = f"{ratio:.1f} times better" if ratio >= 1 else f"**the peer is {1 / ratio:.1f} times better**"
+            verdict = f"{ratio:.2f} times better" if ratio >= 1 else f"**the peer is {1 / ratio:.2f} times better**"
             lines.append(f"- {key}: {our} {_short(ours)}, {peer} {_short(theirs)}: {verdict}")
     return lines
 
