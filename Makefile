@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(if $(wildcard /proc/driver/nvidia/version),gpu,cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run gate release serve test check
+.PHONY: help install run gate release serve peers test check
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -32,6 +32,9 @@ release: install ## write models/release: the recommended variant with model car
 
 serve: install ## serve models/int8 at http://127.0.0.1:8080 to agents (Anthropic's and OpenAI's API)
 	$(BIN)/python -m pipeline.serve
+
+peers: install ## measure llama.cpp, OpenVINO and others beside ours: reports/peers.md
+	$(BIN)/python -m pipeline.peers
 
 test: install ## pass every test
 	$(BIN)/python -m pytest

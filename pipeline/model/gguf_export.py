@@ -11,7 +11,13 @@ from safetensors.numpy import load_file
 
 from pipeline import files
 
-QUANTIZATIONS = ("F32", "Q8_0", "Q5_0", "Q4_0")  # that the gguf package can write; K-quants need llama.cpp itself
+QUANTIZATIONS = (
+    "F32",
+    "F16",
+    "Q8_0",
+    "Q5_0",
+    "Q4_0",
+)  # that the gguf package can write; K-quants need llama.cpp itself
 _NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",

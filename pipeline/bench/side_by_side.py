@@ -1,0 +1,109 @@
+"""Our variants beside other runtimes: a page and a picture of reports/peers.json."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+SIDES = {"ours": "tab:orange", "peers": "tab:blue"}
+FIGURES: dict[
+    str, tuple[Callable[[dict[str, Any]], float | None], bool]
+] = {  # of a row: how it reads, and whether more is better
+    "p50 ms": (lambda found: 1e3 * found["call_s"]["p50"], False),
+    "p95 ms": (lambda found: 1e3 * found["call_s"]["p95"], False),
+    "prefill tokens/s": (lambda found: found["prefill_tokens_per_s"], True),
+    "decode tokens/s": (lambda found: found["decode_tokens_per_s"], True),
+    "calls/s at 20": (lambda found: found["calls_per_s_at_20"], True),
+    "MB on disk": (lambda found: found["model_bytes"] / 1e6, False),
+    "peak MB": (lambda found: found["peak_rss_bytes"] and found["peak_rss_bytes"] / 1e6, False),
+    "load s": (lambda found: found["load_s"], False),
+}
+
+
+def table(report: dict[str, Any]) -> pd.DataFrame:
+    rows = []
+    for side in SIDES:
+        for name, found in report[side].items():
+            figures = {key: _short(read(found)) for key, (read, _) in FIGURES.items()}
+            has = {"prefix cache": _yes(found["prefix_cache"]), "grammar": _yes(found["grammar"])}
+            rows.append({"runtime": name, "exact calls": f"{found['exact_call_fraction']:.1%}", **figures, **has})
+    return pd.DataFrame(rows)
+
+
+def best(report: dict[str, Any]) -> list[str]:
+    """For each figure the best of both sides, so that a peer that is better at something is seen to be."""
+    lines = []
+    for key, (read, more) in FIGURES.items():
+        firsts = []
+        for side in SIDES:
+            values = [(value, name) for name, found in report[side].items() if (value := read(found)) is not None]
+            if values:
+                firsts.append(max(values) if more else min(values))
+        if len(firsts) == 2:
+            (ours, our), (theirs, peer) = firsts
+            ratio = ours / theirs if more else theirs / ours
+            verdict = f"{ratio:.2f} times better" if ratio >= 1 else f"**the peer is {1 / ratio:.2f} times better**"
+            lines.append(f"- {key}: {our} {_short(ours)}, {peer} {_short(theirs)}: {verdict}")
+    return lines
+
+
+def markdown(report: dict[str, Any]) -> str:
+    machine = report["provenance"]["machine"]
+    agreed = [f"{name} {found['same_reply_fraction']:.0%}" for name, found in report["peers"].items()]
+    return "\n\n".join(
+        [
+            "# Beside other runtimes",
+            f"The tuned model in all of them, greedy, {report['requests']} test requests, one run on "
+            f"{machine['cpu']}, "
+            f"{machine['cores']} cores. Peers get the prompt as tokens; our calls include tokenizing and parsing. "
+            "Of the runtimes without batches, calls/s at 20 clients are those of one. "
+            "Prefill and decode: 256 random tokens, then 64 more, a token a step.",
+            table(report).to_markdown(index=False, disable_numparse=True),
+            "![Exact calls against p50](peers.png)",
+            "## The best of ours and the best of the peers",
+            "\n".join(best(report)) or "No peer was measured.",
+            "## The same model?",
+            f"Replies with weights in full precision that are torch-fp32's, token by token, of "
+            f"{report['check_requests']}: {', '.join(agreed) or 'none measured'}.",
+            "## Left out",
+            "\n".join(f"- {name}: {why}" for name, why in report["left_out"].items()) or "None.",
+            "## Versions and builds",
+            "\n".join(
+                f"- {name}: {found['version']}, {found['weights']}; {found['build']}"
+                for side in SIDES
+                for name, found in report[side].items()
+            ),
+            "",
+        ]
+    )
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Exact calls against p50; the area of a dot is the bytes of the model."""
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for side, colour in SIDES.items():
+        for name, found in report[side].items():
+            place = (1e3 * found["call_s"]["p50"], found["exact_call_fraction"])
+            axes.scatter(*place, s=found["model_bytes"] / 1e6, c=colour, alpha=0.6)
+            axes.annotate(name, place, fontsize=7, xytext=(4, 4), textcoords="offset points")
+    axes.set(xlabel="p50 of a call (ms)", ylabel="exact calls (fraction)", xscale="log")
+    axes.margins(x=0.15, y=0.1)
+    for format_ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        format_ticks("{x:.0f}")
+    axes.set_title("orange: ours, blue: peers; area: bytes on disk", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
