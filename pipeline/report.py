@@ -71,6 +71,7 @@ def run(reports: Path, cfg: ReportConfig) -> None:
     files.write_text(reports / "report.md", text)
     files.write_text(reports / "examples.md", replies)
     body = text.replace("[examples.md](examples.md)", "at the end of this page")
+    body = body.replace("[peers.md](peers.md)", "reports/peers.md")
     files.write_text(reports / "report.html", page.html(TITLE, body, reports, {"Replies side by side": replies}))
     passed = {name: {"passed": why is None, "why_not": why} for name, why in faults.items()}
     files.write_json(reports / "report.json", {"recommended": best, "variants": passed, "provenance": provenance(cfg)})
