@@ -100,7 +100,8 @@ def test_pull_refuses_a_wrong_byte_and_a_missing_object(project: Path, clone: Pa
         assert "models/int8" in run(clone, "dvc", "pull", fails=True)
         assert not (clone / "models/int8/model.onnx").exists()
         s3.delete_object(**place)
-        said = run(clone, "dvc", "pull", fails=True)  # DVC names it by its path or, once it knows the folder, by its hash
+        said = run(clone, "dvc", "pull", fails=True)
+        # DVC names it by its path or, once it knows the folder, by its hash.
         assert "models/int8" in said or Path(place["Key"]).parent.name + Path(place["Key"]).name in said
     finally:
         s3.put_object(**place, Body=content)
