@@ -2,10 +2,14 @@
 
 Reads models/tuned and test prompts; writes models/onnx (optimum's portable graph), models/fused
 (GroupQueryAttention) and reports/export.json. A difference over the limit fails the stage.
+With export.device=cuda, which needs no GPU: models/cuda/fused-fp16, models/cuda/torch-fp16 (the weights
+alone, for PyTorch) and reports/export/cuda.json.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +26,19 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ExportConfig:
+    device: str
+    cuda_graph: bool  # on CUDA, replay steps of one token as a CUDA graph
     prompts: int  # test requests to compare on
     max_logit_difference: float  # the largest over all positions of the prompts
+    max_logit_difference_fp16: float
     min_same_reply_fraction: float
     max_new_tokens: int
 
     def __post_init__(self) -> None:
+        config.require_one_of("export.device", self.device, ["cpu", "cuda"])
         config.require_range("export.prompts", self.prompts, 1, 100_000)
         config.require_range("export.max_logit_difference", self.max_logit_difference, 0, 1e6)
+        config.require_range("export.max_logit_difference_fp16", self.max_logit_difference_fp16, 0, 1e6)
         config.require_range("export.min_same_reply_fraction", self.min_same_reply_fraction, 0, 1)
         config.require_range("export.max_new_tokens", self.max_new_tokens, 1, 100_000)
 
@@ -43,8 +52,7 @@ class Params:
 def run(tuned: Path, requests_file: Path, models: Path, report: Path, cfg: ExportConfig) -> dict[str, Any]:
     requests = [parse_request(value, (), where) for where, value in files.read_spread(requests_file, cfg.prompts)]
     metrics: dict[str, Any] = {}
-    exporters = {"onnx": onnx_export.export_portable, "fused": onnx_export.export_fused}
-    for name, export in exporters.items():
+    for name, export in exporters(cfg).items():
         log.info("exporting models/%s", name)
         with files.whole_folder(models / name) as folder:
             export(tuned, folder)
@@ -56,11 +64,20 @@ def run(tuned: Path, requests_file: Path, models: Path, report: Path, cfg: Expor
     return metrics
 
 
+def exporters(cfg: ExportConfig) -> dict[str, Callable[[Path, Path], None]]:
+    """By the folder in models."""
+    if cfg.device == "cpu":
+        return {"onnx": onnx_export.export_portable, "fused": onnx_export.export_fused}
+    fused = partial(onnx_export.export_fused, device="cuda", cuda_graph=cfg.cuda_graph)
+    return {"cuda/torch-fp16": onnx_export.export_half, "cuda/fused-fp16": fused}
+
+
 def _require(name: str, found: dict[str, Any], cfg: ExportConfig) -> None:
-    if found["max_logit_difference"] > cfg.max_logit_difference:
+    key = "max_logit_difference" if cfg.device == "cpu" else "max_logit_difference_fp16"
+    if found["max_logit_difference"] > getattr(cfg, key):
         raise RuntimeError(
             f"models/{name} differs from PyTorch by {found['max_logit_difference']:.4g} in a logit; "
-            f"export.max_logit_difference allows {cfg.max_logit_difference:g}"
+            f"export.{key} allows {getattr(cfg, key):g}"
         )
     if found["same_reply_fraction"] < cfg.min_same_reply_fraction:
         raise RuntimeError(
@@ -73,7 +90,8 @@ def _require(name: str, found: dict[str, Any], cfg: ExportConfig) -> None:
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     models, reports = params.paths.models, params.paths.reports
-    run(models / "tuned", params.paths.prepared / "test.jsonl", models, reports / "export.json", params.export)
+    report = reports / ("export.json" if params.export.device == "cpu" else "export/cuda.json")
+    run(models / "tuned", params.paths.prepared / "test.jsonl", models, report, params.export)
 
 
 if __name__ == "__main__":

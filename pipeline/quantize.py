@@ -1,7 +1,8 @@
 """Stage `quantize`: the fused graph with its weights in 8 or 4 bits.
 
 Reads models/fused, training requests to calibrate on and validation requests to compare on;
-writes models/{variant} and reports/quantize/{variant}.json.
+writes models/{variant} and reports/quantize/{variant}.json. With quantize.device=cuda, which needs no GPU:
+from models/cuda/fused-fp16 to models/cuda/{variant} and reports/quantize/cuda/{variant}.json.
 """
 
 import logging
@@ -16,6 +17,7 @@ from omegaconf import DictConfig
 from pipeline import config, files
 from pipeline.model import agreement, onnx_export, onnx_quantize
 from pipeline.provenance import provenance
+from pipeline.runtime.caller import NO_DYNAMIC
 from pipeline.toolcall import prompt
 from pipeline.toolcall.conversation import parse_request
 from pipeline.toolcall.tokenizer import Tokenizer
@@ -52,13 +54,29 @@ class VariantConfig:
 
 
 @dataclass
-class QuantizeConfig:
+class CudaConfig:
+    """Weight-only: the activations stay in float16."""
+
     int8: VariantConfig
     int4: VariantConfig
+
+    def __post_init__(self) -> None:
+        for name, cfg in (("int8", self.int8), ("int4", self.int4)):
+            if cfg.dynamic:
+                raise ValueError(f"quantize.cuda.{name}.dynamic must be false: {NO_DYNAMIC}")
+
+
+@dataclass
+class QuantizeConfig:
+    device: str
+    int8: VariantConfig
+    int4: VariantConfig
+    cuda: CudaConfig  # takes the place of these two where device is cuda
     prompts: int  # hand-written validation requests to compare with fp32 on
     calibration_requests: int  # training requests to see activations on, where dynamic or gptq
 
     def __post_init__(self) -> None:
+        config.require_one_of("quantize.device", self.device, ["cpu", "cuda"])
         config.require_range("quantize.calibration_requests", self.calibration_requests, 1, 100_000)
         config.require_range("quantize.prompts", self.prompts, 1, 100_000)
 
@@ -74,7 +92,8 @@ class Params:
 
 
 def run(fused: Path, prepared: Path, out: Path, report: Path, variant: str, cfg: QuantizeConfig) -> dict[str, Any]:
-    settings: VariantConfig = getattr(cfg, variant)
+    settings: VariantConfig = getattr(cfg.cuda if cfg.device == "cuda" else cfg, variant)
+    precision = onnx_export.PRECISIONS[cfg.device]
     rows = files.read_spread(prepared / "validation-hand.jsonl", cfg.prompts)
     requests = [parse_request(value, (), where) for where, value in rows]
     log.info("quantizing to %s: %s", variant, settings)
@@ -83,20 +102,21 @@ def run(fused: Path, prepared: Path, out: Path, report: Path, variant: str, cfg:
         texts = calibration_texts(fused, prepared / "train.jsonl", cfg.calibration_requests)
         counts = onnx_quantize.quantize(fused / "model.onnx", folder / "model.onnx", settings, texts)
         onnx_export.copy_tokenizer(fused, folder)
-        files.write_json(folder / "toolcaller.json", {"runtime": "fused", "quantize": asdict(settings)})
-        model_bytes, fp32_bytes = graph_bytes(folder), graph_bytes(fused)
+        of_fused = files.read_json(fused / "toolcaller.json")
+        files.write_json(folder / "toolcaller.json", of_fused | {"quantize": asdict(settings)})
+        model_bytes, fused_bytes = graph_bytes(folder), graph_bytes(fused)
         metrics = {
             "variant": variant,
             "model_bytes": model_bytes,
-            "fp32_bytes": fp32_bytes,
-            "size_fraction": model_bytes / fp32_bytes,
+            f"{precision}_bytes": fused_bytes,
+            "size_fraction": model_bytes / fused_bytes,
             "weights_by_bits": {bits: n for bits, n in sorted(counts.items()) if n},
             "settings": asdict(settings),
             "quantize_s": time.perf_counter() - start,
             **agreement.closeness(fused, folder, requests),
         }
     files.write_json(report, metrics | {"provenance": provenance(settings)})
-    log.info("%s: %.1f%% of fp32's bytes", variant, 100 * model_bytes / fp32_bytes)
+    log.info("%s: %.1f%% of %s's bytes", variant, 100 * model_bytes / fused_bytes, precision)
     return metrics
 
 
@@ -122,8 +142,10 @@ def graph_bytes(folder: Path) -> int:
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     paths, variant = params.paths, params.variant
-    report = paths.reports / "quantize" / f"{variant}.json"
-    run(paths.models / "fused", paths.prepared, paths.models / variant, report, variant, params.quantize)
+    fused, models, reports = paths.models / "fused", paths.models, paths.reports / "quantize"
+    if params.quantize.device == "cuda":
+        fused, models, reports = paths.models / "cuda/fused-fp16", paths.models / "cuda", reports / "cuda"
+    run(fused, paths.prepared, models / variant, reports / f"{variant}.json", variant, params.quantize)
 
 
 if __name__ == "__main__":

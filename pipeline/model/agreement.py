@@ -27,6 +27,11 @@ def texts(tokenizer: Any, requests: Sequence[Request]) -> list[list[int]]:
     ]
 
 
+def logits(folder: Path, tokens: Sequence[list[int]]) -> list[Logits]:
+    """On the CPU."""
+    return (onnx_logits if (folder / "model.onnx").exists() else pytorch_logits)(folder, tokens)
+
+
 def pytorch_logits(folder: Path, tokens: Sequence[list[int]]) -> list[Logits]:
     model, _ = load_tuned(folder)
     with torch.inference_mode():
@@ -35,7 +40,7 @@ def pytorch_logits(folder: Path, tokens: Sequence[list[int]]) -> list[Logits]:
 
 def onnx_logits(folder: Path, tokens: Sequence[list[int]]) -> list[Logits]:
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    return [session.run(["logits"], feed(session, row))[0][0] for row in tokens]
+    return [session.run(["logits"], feed(session, row))[0][0].astype(np.float32) for row in tokens]
 
 
 def feed(session: onnxruntime.InferenceSession, tokens: list[int]) -> dict[str, Any]:
@@ -46,9 +51,12 @@ def feed(session: onnxruntime.InferenceSession, tokens: list[int]) -> dict[str, 
     }
     for found in session.get_inputs():
         if found.name.startswith("past_key_values"):
-            values[found.name] = np.zeros((1, found.shape[1], 0, found.shape[3]), np.float32)
+            kind = np.float16 if found.type == "tensor(float16)" else np.float32
+            values[found.name] = np.zeros((1, found.shape[1], 0, found.shape[3]), kind)
         elif found.name == "keep":
             values["keep"] = np.array([len(tokens)], np.int64)
+        elif found.name == "start":
+            values["start"] = np.array([-len(tokens)], np.int64)
         elif found.name == "position_ids":
             values[found.name] = np.arange(len(tokens), dtype=np.int64)[None]
     return values
@@ -61,7 +69,7 @@ def parity(tuned: Path, exported: Path, requests: Sequence[Request], max_new_tok
 
     tokenizer = Tokenizer(tuned)
     rows = texts(tokenizer, requests)
-    pairs = zip(pytorch_logits(tuned, rows), onnx_logits(exported, rows), strict=True)
+    pairs = zip(pytorch_logits(tuned, rows), logits(exported, rows), strict=True)
     difference = max(float(np.abs(one - other).max()) for one, other in pairs)
     replies = []
     for folder in (tuned, exported):

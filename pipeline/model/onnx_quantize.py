@@ -89,11 +89,12 @@ def _round_by_gptq(model: onnx.ModelProto, seen: onnx_calibration.Activations, c
         log.info("%s keeps 8 bits: 4 lose %.2f%% of its products", node.name, 100 * made[node.name][0].error)
         made[node.name] = rounded(node, 8), 8
     for node in nodes:
-        model.graph.initializer.extend(_pack(node, *made[node.name], cfg))
+        kind = helper.tensor_dtype_to_np_dtype(tensors[node.input[1]].data_type)
+        model.graph.initializer.extend(_pack(node, *made[node.name], kind, cfg))
 
 
-def _pack(node: onnx.NodeProto, rounded: Rounded, bits: int, cfg: Any) -> list[onnx.TensorProto]:
-    """Make `node` a MatMulNBits; its two new tensors."""
+def _pack(node: onnx.NodeProto, rounded: Rounded, bits: int, kind: Any, cfg: Any) -> list[onnx.TensorProto]:
+    """Make `node` a MatMulNBits; its two new tensors. `kind`: of the scales, which is that of the activations."""
     inputs, outputs = rounded.codes.shape
     codes = rounded.codes.T.reshape(outputs, inputs // cfg.block_size, cfg.block_size)
     packed = codes[:, :, ::2] | (codes[:, :, 1::2] << 4) if bits == 4 else codes
@@ -113,7 +114,7 @@ def _pack(node: onnx.NodeProto, rounded: Rounded, bits: int, cfg: Any) -> list[o
     node.CopyFrom(made)
     return [
         numpy_helper.from_array(np.ascontiguousarray(packed), weight),
-        numpy_helper.from_array(np.ascontiguousarray(rounded.scales.T).reshape(-1), scale),
+        numpy_helper.from_array(np.ascontiguousarray(rounded.scales.T.astype(kind)).reshape(-1), scale),
     ]
 
 
@@ -143,6 +144,11 @@ def _share_embedding(model: onnx.ModelProto) -> None:
     blocks = math.ceil(hidden / block_size)
     shape = helper.make_tensor("embedding.shape", TensorProto.INT64, [2], [vocabulary, blocks * block_size * bits // 8])
     scales = next(tensor for tensor in graph.initializer if tensor.name == head.input[2])
+    if hidden % block_size and scales.data_type == TensorProto.FLOAT16:
+        raise ValueError(
+            f"block_size {block_size} does not divide the {hidden} channels of the embedding: CUDA would gather it "
+            "wrongly (onnxruntime#32663)"
+        )
     _reshape_initializer(scales, [vocabulary, blocks])
     inputs = ["embedding.weight", embed.input[1], head.input[2]]
     if len(head.input) > 3 and head.input[3]:
@@ -182,12 +188,14 @@ def _reshape_initializer(tensor: onnx.TensorProto, shape: list[int]) -> None:
 
 
 def weights_by_bits(model: onnx.ModelProto) -> Counter[str]:
-    """How many weights the graph's matrix products keep in each form: 4, 8, "8 dynamic", or 32 where plain."""
+    """How many weights the graph's matrix products keep in each form: 4, 8, "8 dynamic", or 32 or 16 where plain."""
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
+    half = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT16}
     counts: Counter[str] = Counter()
     for node in model.graph.node:
         if node.op_type in ("MatMul", "Gather"):
-            counts["32"] += sum(sizes.get(name, 0) for name in node.input)
+            for name in node.input:
+                counts["16" if name in half else "32"] += sizes.get(name, 0)
         elif node.op_type == "DynamicQuantizeMatMul":
             counts["8 dynamic"] += sizes[node.input[1]]
         elif node.op_type == "MatMulNBits":
