@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from pipeline import files
 from pipeline.runtime.generation import ALL, PREFIXES, Choice, Decoding, Prompt, Runtime, Techniques, Token, generate
@@ -25,6 +26,7 @@ from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool, ToolCall, parse_tools
 
 SETTINGS = "toolcaller.json"  # in a model folder: the runtime it is for
+NO_DYNAMIC = "dynamic INT8 has no CUDA kernels (onnxruntime#7745, #10267)"
 
 
 @dataclass(frozen=True)
@@ -163,23 +165,55 @@ def _key(tools: tuple[Tool, ...]) -> str:
 def load_runtime(folder: Path, device: str, threads: int, prefixes: int = PREFIXES, together: bool = False) -> Runtime:
     """`prefixes`: how many are kept. `together`: for several requests at a time.
 
-    Raises FileNotFoundError where `folder` holds no model, ValueError where it cannot answer requests together.
+    Raises FileNotFoundError where `folder` holds no model, ValueError where it cannot answer requests together or
+    has no kernels on `device`.
     """
-    kind = str(files.read_json(folder / SETTINGS)["runtime"]) if (folder / SETTINGS).exists() else "PyTorch"
-    if together and (kind, device) != ("fused", "cpu"):
-        raise ValueError(f"{folder}: only a fused model on the CPU answers requests together, not {kind} on {device}")
+    settings = _settings(folder)
+    kind = str(settings["runtime"])
+    if device == "cuda":
+        _require_cuda_kernels(folder, settings)
     if together:
+        if (kind, device) != ("fused", "cpu"):
+            raise ValueError(
+                f"{folder}: only a fused model on the CPU answers requests together, not {kind} on {device}"
+            )
         from pipeline.runtime.packed import PackedRuntime
 
         return PackedRuntime(folder, threads, prefixes)
-    if (folder / SETTINGS).exists():
-        from pipeline.runtime.ort import FusedRuntime, PortableRuntime
-
-        if kind == "portable":
-            return PortableRuntime(folder, device, threads, prefixes)
-        return FusedRuntime(folder, device, threads, prefixes)
-    if (folder / "model.safetensors").exists():
+    if kind == "PyTorch":
         from pipeline.runtime.pytorch import PytorchRuntime
 
         return PytorchRuntime(folder, device, threads, prefixes)
+    if kind == "compiled":
+        from pipeline.runtime.compiled import CompiledRuntime
+
+        return CompiledRuntime(folder, device, threads, prefixes)
+    if kind == "cuda":
+        from pipeline.runtime.cuda import CudaRuntime
+
+        return CudaRuntime(folder, device, threads, prefixes)
+    from pipeline.runtime.ort import FusedRuntime, PortableRuntime
+
+    if kind == "portable":
+        return PortableRuntime(folder, device, threads, prefixes)
+    return FusedRuntime(folder, threads, prefixes)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    if (folder / SETTINGS).exists():
+        found: dict[str, Any] = files.read_json(folder / SETTINGS)
+        return found
+    if (folder / "model.safetensors").exists():
+        return {"runtime": "PyTorch"}
     raise FileNotFoundError(f"{folder} holds neither {SETTINGS} nor model.safetensors: no model of ours")
+
+
+def _require_cuda_kernels(folder: Path, settings: dict[str, Any]) -> None:
+    """Else ONNX Runtime runs those operators on the CPU, with copies, and says nothing."""
+    if settings.get("quantize", {}).get("dynamic"):
+        raise ValueError(f"{folder}: {NO_DYNAMIC}; quantize.device=cuda makes it weight-only")
+    if settings["runtime"] == "fused":
+        raise ValueError(
+            f"{folder}: CUDA's GroupQueryAttention takes float16 only, and this graph is for the CPU; "
+            "export.device=cuda makes one for CUDA"
+        )

@@ -16,12 +16,20 @@ BUFFER_TOKENS, SPARE_TOKENS = 2048, 32
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-def open_session(path: Path, device: str, threads: int) -> onnxruntime.InferenceSession:
-    """Raises RuntimeError where ONNX Runtime does not offer `device`: it would fall back without a word."""
+def open_session(
+    path: Path, device: str, threads: int, options: dict[str, str] | None = None
+) -> onnxruntime.InferenceSession:
+    """`options`: the provider's. Raises RuntimeError where `device` cannot be had: ONNX Runtime would take the CPU."""
     if PROVIDERS[device] not in onnxruntime.get_available_providers():
         found = onnxruntime.get_available_providers()
         raise RuntimeError(f"benchmark.device is {device}, but ONNX Runtime offers only {found}")
-    return onnxruntime.InferenceSession(str(path), session_options(threads), providers=[PROVIDERS[device]])
+    if device == "cuda":
+        onnxruntime.preload_dlls()  # CUDA's libraries, from where pip put them for PyTorch
+    providers = [(PROVIDERS[device], options or {})]
+    session = onnxruntime.InferenceSession(str(path), session_options(threads), providers=providers)
+    if PROVIDERS[device] not in session.get_providers():
+        raise RuntimeError(f"{path}: {PROVIDERS[device]} did not start (a driver too old, or libraries missing?)")
+    return session
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:
@@ -101,18 +109,16 @@ def _unpadded(at: int, new: int) -> tuple[Ids, Ids]:
 
 
 class FusedRuntime:
-    """A graph with GroupQueryAttention: one KV buffer a layer, bound as past and present, never copied.
+    """A graph with GroupQueryAttention on the CPU: one KV buffer a layer, bound as past and present, never copied.
 
     The prefix stays at the buffer's beginning from one request to the next; copies of the last few are kept beside it.
     """
 
-    def __init__(self, folder: Path, device: str, threads: int, prefixes: int) -> None:
-        self._session = open_session(folder / "model.onnx", device, threads)
+    def __init__(self, folder: Path, threads: int, prefixes: int) -> None:
+        self._session = open_session(folder / "model.onnx", "cpu", threads)
         buffer_tokens, self.context_tokens = lengths(folder)
         self._past = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.zeros((1, heads, buffer_tokens, size), np.float32), device
-            )
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, buffer_tokens, size), np.float32))
             for name, (heads, size) in past_inputs(self._session).items()
         }
         self._binding = self._session.io_binding()
@@ -140,10 +146,7 @@ class FusedRuntime:
 
     def _write(self, kept: list[NDArray[Any]]) -> None:
         for value, part in zip(self._past.values(), kept, strict=True):
-            buffer = value.numpy()  # on the CPU the buffer itself, elsewhere a copy
-            buffer[:, :, : part.shape[2]] = part
-            if value.device_name() != "cpu":
-                value.update_inplace(buffer)
+            value.numpy()[:, :, : part.shape[2]] = part  # the buffer itself, not a copy
 
     def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
         return self._extend(list(tokens), at + len(tokens), keep)
