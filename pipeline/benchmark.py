@@ -1,7 +1,8 @@
 """Stage `benchmark`: how fast whole calls are, request in to parsed call out, and what they take.
 
 Reads the variant's model and data/prepared/test.jsonl; writes reports/benchmark/{variant}.json and
-the raw samples beside it. Variants are compared within one run on one machine.
+the raw samples beside it. Variants are compared within one run on one machine. On CUDA: models/cuda,
+reports/benchmark/cuda/{variant}.json, and only after the variant's replies there were compared with the CPU's.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import random
 import resource
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import onnxruntime
 from omegaconf import DictConfig
 
 from pipeline import config, files
+from pipeline.bench import cuda
 from pipeline.bench.load import serve
 from pipeline.bench.statistics import percentiles
 from pipeline.provenance import provenance
@@ -37,7 +40,7 @@ PREFILL_TOKENS = 256
 
 @dataclass
 class BenchmarkConfig:
-    device: str  # auto: CUDA where ONNX Runtime offers it
+    device: str  # auto: CUDA where ONNX Runtime offers it and the variant's model for it was made
     threads: int
     warmup_calls: int
     requests: int  # test requests to measure with, evenly spaced through the file
@@ -70,24 +73,31 @@ class Params:
     benchmark: BenchmarkConfig
 
     def __post_init__(self) -> None:
-        config.require_one_of("variant", self.variant, list(FOLDERS))
+        known = {"auto": FOLDERS | cuda.FOLDERS, "cpu": FOLDERS, "cuda": cuda.FOLDERS}[self.benchmark.device]
+        config.require_one_of("variant", self.variant, list(known))
 
 
-def run(paths: config.Paths, report: Path, variant: str, techniques: Techniques, cfg: BenchmarkConfig) -> Any:
+def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques, cfg: BenchmarkConfig) -> Any:
     requests_file = paths.prepared / "test.jsonl"
-    device = choose_device(cfg.device)
+    device = choose_device(cfg.device, paths.models, variant)
+    report = reports / f"{variant}.json" if device == "cpu" else reports / f"cuda/{variant}.json"
+    folder = paths.models / (FOLDERS if device == "cpu" else cuda.FOLDERS)[variant]
+    gpu = open_gpu(device)
+    if gpu:
+        cuda.require_evaluated(paths.reports / f"evaluate/cuda/{variant}.json")
     requests = [parse_request(value, (), where) for where, value in files.read_spread(requests_file, cfg.requests)]
     random.Random(0).shuffle(requests)
-    folder = paths.models / FOLDERS[variant]
-    start = time.perf_counter()
-    caller = ToolCaller.load(folder, paths.tools, device, cfg.threads, techniques if variant in HELD else PLAIN)
-    load_s = time.perf_counter() - start
-    log.info("%s on %s", variant, device)
-    for request in requests[: cfg.warmup_calls]:
-        ask(caller, request, cfg)
-    made = one_client(caller, requests, cfg)
+    held = variant in HELD or variant in cuda.HELD
+    with watched(gpu) as alone:
+        start = time.perf_counter()
+        caller = ToolCaller.load(folder, paths.tools, device, cfg.threads, techniques if held else PLAIN)
+        load_s = time.perf_counter() - start
+        log.info("%s on %s", variant, device)
+        for request in requests[: cfg.warmup_calls]:
+            ask(caller, request, cfg)
+        made = one_client(caller, requests, cfg)
     peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the model is loaded again
-    together = cfg.together if variant in HELD and device == "cpu" else 1
+    together = cfg.together if held and device == "cpu" else 1
     engine = Engine(
         lambda: ToolCaller.load(folder, paths.tools, device, cfg.threads, caller.techniques, together > 1),
         max(cfg.concurrency),
@@ -95,7 +105,10 @@ def run(paths: config.Paths, report: Path, variant: str, techniques: Techniques,
         together,
     )
     engine.wait_until_loaded()
-    by_concurrency = [many_clients(engine, requests, clients, cfg) for clients in cfg.concurrency]
+    by_concurrency = []
+    for clients in cfg.concurrency:
+        with watched(gpu) as busy:
+            by_concurrency.append(many_clients(engine, requests, clients, cfg))
     engine.stop()
     decode = sum(reply.new_tokens - 1 for reply in made) / sum(reply.total_s - reply.first_token_s for reply in made)
     weights = sum(p.stat().st_size for p in [*folder.glob("model.onnx*"), *folder.glob("*.safetensors")])
@@ -105,32 +118,58 @@ def run(paths: config.Paths, report: Path, variant: str, techniques: Techniques,
         "model_bytes": weights,
         "load_s": load_s,
         "peak_rss_bytes": peak_rss_bytes,
-        "gpu_peak_bytes": None,
-        "gpu_utilisation_fraction": None,
+        **gpu_measures(alone, busy),
         "calls": len(made),
         "mean_new_tokens": float(np.mean([reply.new_tokens for reply in made])),
         "call_s": percentiles([reply.total_s for reply in made]),
         "first_token_s": percentiles([reply.first_token_s for reply in made]),
         "prefill_tokens_per_s": prefill_tokens_per_s(caller),
         "decode_tokens_per_s": decode,
-        "bandwidth_fraction": decode * weights / read_bandwidth_bytes_per_s(cfg.threads),
+        "bandwidth_fraction": decode
+        * weights
+        / (gpu.bandwidth_bytes_per_s() if gpu else read_bandwidth_bytes_per_s(cfg.threads)),
         "harness_call_s": harness_call_s(caller, requests[0], cfg),
         "by_concurrency": by_concurrency,
-        "ablation": ablation(caller, folder, device, requests, cfg) if variant in HELD else [],
+        "ablation": ablation(caller, folder, device, requests, cfg) if held else [],
     }
+    origin = provenance((techniques, cfg))
+    if gpu:
+        origin["machine"]["gpu"] = gpu.facts()
     files.write_json(report.with_suffix(".samples.json"), {"call_s": [reply.total_s for reply in made]})
-    files.write_json(report, metrics | {"provenance": provenance((techniques, cfg))})
+    files.write_json(report, metrics | {"provenance": origin})
     log.info("%s: p50 %.0f ms over %d calls", variant, 1e3 * metrics["call_s"]["p50"], len(made))
     return metrics
 
 
-def choose_device(wanted: str) -> str:
+def choose_device(wanted: str, models: Path, variant: str) -> str:
     """Raises RuntimeError for CUDA where there is none: a CPU's numbers must not pass for a GPU's."""
     offered = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     if wanted == "cuda" and not offered:
         found = onnxruntime.get_available_providers()
         raise RuntimeError(f"benchmark.device is cuda, but ONNX Runtime offers only {found}")
-    return "cuda" if offered and wanted != "cpu" else "cpu"
+    made = variant in cuda.FOLDERS and (models / cuda.FOLDERS[variant]).exists()
+    return "cuda" if wanted == "cuda" or (wanted == "auto" and offered and made) else "cpu"
+
+
+def open_gpu(device: str) -> Any:
+    """A Gpu; None on the CPU, where NVML is not imported."""
+    if device == "cpu":
+        return None
+    from pipeline.bench.gpu import Gpu
+
+    return Gpu()
+
+
+def watched(gpu: Any) -> AbstractContextManager[Any]:
+    return gpu.watch() if gpu else nullcontext([])
+
+
+def gpu_measures(alone: list[Any], busy: list[Any]) -> dict[str, Any]:
+    if not alone:
+        return {"gpu_peak_bytes": None, "gpu_utilisation_fraction": None}
+    from pipeline.bench.gpu import measures
+
+    return measures(alone, busy)
 
 
 def ask(caller: ToolCaller, request: Request, cfg: BenchmarkConfig) -> Reply:
@@ -231,8 +270,7 @@ def read_bandwidth_bytes_per_s(threads: int) -> float:
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     paths = params.paths
-    report = paths.reports / "benchmark" / f"{params.variant}.json"
-    run(paths, report, params.variant, params.techniques, params.benchmark)
+    run(paths, paths.reports / "benchmark", params.variant, params.techniques, params.benchmark)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 Reads the variant's model and data/prepared/test.jsonl; writes reports/evaluate/{variant}.json and
 the replies beside it. Any requests file can be scored: evaluate.requests=FILE.jsonl evaluate.out=FILE.json.
+With evaluate.device=cuda: the models of bench/cuda.py and reports/evaluate/cuda/{variant}.json, which is only
+written where the replies are the CPU's.
 """
 
 import logging
@@ -16,6 +18,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from pipeline import config, files
+from pipeline.bench import cuda
 from pipeline.bench.accuracy import Answer, measures, row
 from pipeline.bench.statistics import mcnemar_p
 from pipeline.provenance import provenance
@@ -46,6 +49,8 @@ REFERENCE = "fused-fp32"  # quantized variants are compared with it, request by 
 
 @dataclass
 class EvaluateConfig:
+    device: str
+    min_same_reply_fraction: float  # of the requests, on CUDA: replies that must be the CPU's
     requests: Path
     out: Path | None  # empty: reports/evaluate/{variant}.json
     base_requests: int  # how many of them, evenly spaced, the untuned base model answers: it writes long texts
@@ -53,6 +58,8 @@ class EvaluateConfig:
     threads: int
 
     def __post_init__(self) -> None:
+        config.require_one_of("evaluate.device", self.device, ["cpu", "cuda"])
+        config.require_range("evaluate.min_same_reply_fraction", self.min_same_reply_fraction, 0, 1)
         config.require_range("evaluate.base_requests", self.base_requests, 1, 1_000_000)
         config.require_range("evaluate.max_new_tokens", self.max_new_tokens, 1, 100_000)
         config.require_range("evaluate.threads", self.threads, 1, 1024)
@@ -66,7 +73,8 @@ class Params:
     evaluate: EvaluateConfig
 
     def __post_init__(self) -> None:
-        config.require_one_of("variant", self.variant, [*FOLDERS, KEYWORD])
+        known = cuda.FOLDERS if self.evaluate.device == "cuda" else [*FOLDERS, KEYWORD]
+        config.require_one_of("variant", self.variant, list(known))
 
 
 def run(paths: config.Paths, out: Path, variant: str, techniques: Techniques, cfg: EvaluateConfig) -> dict[str, Any]:
@@ -76,15 +84,23 @@ def run(paths: config.Paths, out: Path, variant: str, techniques: Techniques, cf
     if not requests:
         raise ValueError(f"{cfg.requests}: holds no request")
     log.info("%s: %d requests", variant, len(requests))
-    made = answers(paths, variant, requests, techniques if variant in HELD else PLAIN, cfg)
+    use = techniques if variant in HELD or variant in cuda.HELD else PLAIN
+    made = answers(paths, variant, requests, use, cfg)
+    gate = {}
+    if cfg.device == "cuda":
+        on_cpu = answers(paths, variant, requests, use, cfg, on_cpu=True)
+        same = cuda.same_reply_fraction([answer.text for answer in made], [answer.text for answer in on_cpu])
+        out.unlink(missing_ok=True)  # of an earlier run, which may have passed
+        cuda.require_parity(variant, same, cfg.min_same_reply_fraction)
+        gate = {"device": cfg.device, "same_reply_fraction_vs_cpu": same}
     rows = [row(request, answer) for request, answer in zip(requests, made, strict=True)]
     replies_file = out.with_suffix(".replies.jsonl")
-    metrics = {"variant": variant, **measures(requests, rows)}
-    reference = out.with_name(f"{REFERENCE}.replies.jsonl")
-    if variant == REFERENCE:
+    metrics = {"variant": variant, **gate, **measures(requests, rows)}
+    reference, precision = (cuda.REFERENCE, "fp16") if cfg.device == "cuda" else (REFERENCE, "fp32")
+    if variant == reference:
         metrics["different_from_torch"] = different(out.with_name("torch-fp32.replies.jsonl"), rows)
     if variant in ("int8", "int4"):
-        metrics["mcnemar_p_vs_fp32"] = compare(reference, rows)
+        metrics[f"mcnemar_p_vs_{precision}"] = compare(out.with_name(f"{reference}.replies.jsonl"), rows)
     files.write_jsonl(replies_file, rows)
     files.write_json(out, metrics | {"provenance": provenance((techniques, cfg))})
     log.info("%s: %.1f%% exact", variant, 100 * metrics["exact_call_fraction"])
@@ -92,13 +108,21 @@ def run(paths: config.Paths, out: Path, variant: str, techniques: Techniques, cf
 
 
 def answers(
-    paths: config.Paths, variant: str, requests: Sequence[Request], techniques: Techniques, cfg: EvaluateConfig
+    paths: config.Paths,
+    variant: str,
+    requests: Sequence[Request],
+    techniques: Techniques,
+    cfg: EvaluateConfig,
+    on_cpu: bool = False,
 ) -> list[Answer]:
+    """`on_cpu`: of the model for `cfg.device`, but on the CPU."""
     if variant == KEYWORD:
         rules = parse_rules(files.read_json(paths.tools.with_name("keywords.json")))
         calls = [keyword_call(request.messages[-1]["content"], rules) for request in requests]
         return [Answer(replies.write_call(call) if call else "") for call in calls]
-    caller = ToolCaller.load(paths.models / FOLDERS[variant], paths.tools, threads=cfg.threads, techniques=techniques)
+    folder = paths.models / (cuda.FOLDERS if cfg.device == "cuda" else FOLDERS)[variant]
+    device = "cpu" if on_cpu else cfg.device
+    caller = ToolCaller.load(folder, paths.tools, device, cfg.threads, techniques)
     if techniques == PLAIN and isinstance(caller.runtime, RowsRuntime):
         return together(caller, caller.runtime, requests, cfg)
     made = (caller.reply(r.messages, r.tools, cfg.max_new_tokens) for r in tqdm(requests, desc=variant, mininterval=5))
@@ -151,7 +175,8 @@ def different(other: Path, rows: Sequence[dict[str, Any]]) -> list[str] | None:
 @hydra.main(version_base="1.3", config_path="..", config_name="params")
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
-    default = params.paths.reports / "evaluate" / f"{params.variant}.json"
+    folder = params.paths.reports / ("evaluate" if params.evaluate.device == "cpu" else "evaluate/cuda")
+    default = folder / f"{params.variant}.json"
     run(params.paths, params.evaluate.out or default, params.variant, params.techniques, params.evaluate)
 
 

@@ -1,0 +1,40 @@
+"""The variants of a GPU, and the gate before their numbers: replies there must be those on the CPU.
+
+Imports nothing that needs a GPU.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+FOLDERS = {  # of models
+    "torch-fp32": "tuned",
+    "torch-fp16": "cuda/torch-fp16",
+    "fused-fp16": "cuda/fused-fp16",
+    "int8": "cuda/int8",
+    "int4": "cuda/int4",
+}
+HELD = ("fused-fp16", "int8", "int4")  # by the grammar, with all techniques; the others answer as they are
+REFERENCE = "fused-fp16"  # quantized variants are compared with it, request by request
+
+
+def same_reply_fraction(replies: Sequence[str], on_cpu: Sequence[str]) -> float:
+    """Share of requests whose replies are equal in every character."""
+    return sum(one == other for one, other in zip(replies, on_cpu, strict=True)) / len(replies)
+
+
+def require_parity(variant: str, fraction: float, least: float) -> None:
+    """Raises RuntimeError below `least`: some GPUs compute garbage, and fast (onnxruntime-genai#2291)."""
+    if fraction < least:
+        raise RuntimeError(
+            f"{variant} gives the CPU's reply on {fraction:.2%} of the requests; "
+            f"evaluate.min_same_reply_fraction asks for {least:.2%}: no number of this GPU is written"
+        )
+
+
+def require_evaluated(report: Path) -> None:
+    """Raises RuntimeError where `evaluate`, which holds the gate, has written nothing."""
+    if not report.exists():
+        raise RuntimeError(
+            f"no {report}: a GPU is measured once its replies were compared with the CPU's; first "
+            f"python -m pipeline.evaluate variant={report.stem} evaluate.device=cuda"
+        )

@@ -1,0 +1,93 @@
+"""What NVML says of the GPU: which it is, and what this process takes of it. Only for where the device is CUDA."""
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pynvml
+
+
+@dataclass(frozen=True)
+class Sample:
+    memory_bytes: int
+    utilisation_fraction: float  # of NVML's last period (up to a second) in which any kernel ran, of any process
+    power_w: float | None  # None where the GPU does not say
+
+
+class Gpu:
+    """The first of CUDA_VISIBLE_DEVICES, or of all. Its numbers are NVML's: set CUDA_DEVICE_ORDER=PCI_BUS_ID too."""
+
+    def __init__(self, nvml: Any = pynvml) -> None:
+        """`nvml`: pynvml, or a fake of it. Raises RuntimeError where it finds no GPU."""
+        self._nvml = nvml
+        try:
+            nvml.nvmlInit()
+            first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
+            by = nvml.nvmlDeviceGetHandleByIndex if first.isdigit() else nvml.nvmlDeviceGetHandleByUUID
+            self._handle = by(int(first) if first.isdigit() else first)
+        except nvml.NVMLError as error:
+            raise RuntimeError(f"the device is cuda, but NVML finds no GPU: {error}") from error
+        self._before_bytes = int(nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+
+    def facts(self) -> dict[str, Any]:
+        nvml, handle = self._nvml, self._handle
+        return {
+            "name": nvml.nvmlDeviceGetName(handle),
+            "driver": nvml.nvmlSystemGetDriverVersion(),
+            "memory_bytes": int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+            "max_sm_clock_hz": nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM) * 10**6,
+            "max_memory_clock_hz": nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM) * 10**6,
+            "bandwidth_bytes_per_s": self.bandwidth_bytes_per_s(),
+        }
+
+    def bandwidth_bytes_per_s(self) -> float:
+        """On paper: the memory's highest clock, two transfers a cycle, times the width of its bus."""
+        clock_mhz = self._nvml.nvmlDeviceGetMaxClockInfo(self._handle, self._nvml.NVML_CLOCK_MEM)
+        return float(clock_mhz * 1e6 * 2 * self._nvml.nvmlDeviceGetMemoryBusWidth(self._handle) / 8)
+
+    def sample(self) -> Sample:
+        try:
+            power_w = self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000
+        except self._nvml.NVMLError:  # not offered by every GPU
+            power_w = None
+        used_percent = self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu
+        return Sample(self._memory_bytes(), used_percent / 100, power_w)
+
+    def _memory_bytes(self) -> int:
+        """This process's; where NVML does not list it, as in a container, what came on the GPU since the beginning."""
+        for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle):
+            if process.pid == os.getpid() and process.usedGpuMemory is not None:
+                return int(process.usedGpuMemory)
+        return max(0, int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used) - self._before_bytes)
+
+    @contextmanager
+    def watch(self, interval_s: float = 0.02) -> Iterator[list[Sample]]:
+        """Samples of the time until the block ends, at least one."""
+        samples: list[Sample] = []
+        over = threading.Event()
+
+        def keep_sampling() -> None:
+            while not over.wait(interval_s):
+                samples.append(self.sample())
+
+        thread = threading.Thread(target=keep_sampling, daemon=True)
+        thread.start()
+        try:
+            yield samples
+        finally:
+            over.set()
+            thread.join()
+            samples.append(self.sample())
+
+
+def measures(alone: Sequence[Sample], busy: Sequence[Sample]) -> dict[str, Any]:
+    """`alone`: while the model was loaded and answered one client. `busy`: under the load of the most clients."""
+    powers = [sample.power_w for sample in busy if sample.power_w is not None]
+    return {
+        "gpu_peak_bytes": max(sample.memory_bytes for sample in alone),
+        "gpu_utilisation_fraction": sum(sample.utilisation_fraction for sample in busy) / len(busy),
+        "gpu_power_w": sum(powers) / len(powers) if powers else None,
+    }
