@@ -21,8 +21,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[$(RUNTIME),serve,dev]'
 	@touch $@
 
-run: install ## go through every stage of dvc.yaml that is not up to date
+run: install ## go through every stage that is not up to date; with an NVIDIA driver, on the GPU too
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
+ifeq ($(RUNTIME),gpu)
+	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro pipeline/cuda/dvc.yaml
+	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro -f -s report
+endif
 
 gate: install ## fail unless a variant passes the rules of params.yaml's report section
 	$(BIN)/python -m pipeline.report report.gate=true
