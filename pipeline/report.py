@@ -1,6 +1,6 @@
 """Stage `report`: one page that says which variant to ship and why.
 
-Reads reports/*.json; writes reports/report.md, report.html and plots/.
+Reads reports/*.json, also of a GPU where they exist; writes reports/report.md, report.html and plots/.
 """
 
 import logging
@@ -12,7 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
-from pipeline.bench import against, page, plot, tables
+from pipeline.bench import against, gpu_section, page, plot, tables
 from pipeline.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ def run(reports: Path, cfg: ReportConfig) -> None:
         "cost": files.read_json(reports / "cost.json"),
         "export": files.read_json(reports / "export.json"),
         "train": files.read_json(reports / "train.json"),
+        "cuda": gpu_section.read(reports),
     }
     require_one_run(found)
     faults = {name: fault(found["evaluate"][name], found["evaluate"][REFERENCE], cfg) for name in LADDER}
@@ -160,6 +161,7 @@ def markdown(found: dict[str, Any], faults: dict[str, str | None], best: str | N
             f"## With a larger model behind it ({scored['variant']})",
             tables.cascade(found["cost"], scored["variant"]).to_markdown(index=False, disable_numparse=True),
             cascade_terms(found["cost"], scored["variant"]),
+            *gpu_section.markdown(found["cuda"]),
             "Replies of all variants side by side: [examples.md](examples.md). "
             "Beside llama.cpp, OpenVINO and others on the same weights (`make peers`): [peers.md](peers.md).",
             "## How it was measured",

@@ -1,0 +1,105 @@
+"""The report's section on a GPU, where its reports exist."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pipeline import files
+from pipeline.bench.cuda import FOLDERS
+
+BASELINE = "torch-fp32"
+
+
+def read(reports: Path) -> dict[str, Any]:
+    """What the stages of pipeline/cuda/dvc.yaml wrote: by variant, and by shape under `speed`.
+
+    Raises ValueError where variants were measured on different GPUs or with different settings.
+    """
+    evaluated, measured = reports / "evaluate/cuda", reports / "benchmark/cuda"
+    names = [n for n in FOLDERS if all((folder / f"{n}.json").exists() for folder in (evaluated, measured))]
+    found: dict[str, Any] = {
+        "evaluate": {name: files.read_json(evaluated / f"{name}.json") for name in names},
+        "benchmark": {name: files.read_json(measured / f"{name}.json") for name in names},
+        "speed": [files.read_json(path) for path in sorted((measured / "speed").glob("*.json"))],
+    }
+    runs = {
+        (bench["provenance"]["settings_sha256"], bench["provenance"]["machine"]["gpu"]["name"])
+        for bench in found["benchmark"].values()
+    }
+    if len(runs) > 1:
+        raise ValueError(
+            f"{measured} is of different runs (settings or GPUs): {', '.join(names)}; "
+            "dvc repro -f pipeline/cuda/dvc.yaml makes them anew"
+        )
+    return found
+
+
+def markdown(found: dict[str, Any]) -> list[str]:
+    """Its paragraphs; none where no GPU was measured."""
+    parts = []
+    if found["benchmark"]:
+        parts += ["## On a GPU", _table(ladder(found)), _how(found)]
+    if found["speed"]:
+        parts += ["## Other sizes on a GPU: speed only, random weights"]
+        for shape in found["speed"]:
+            parts += [f"{shape['shape']} (`{shape['source']}`):", _table(speed(shape))]
+    return parts
+
+
+def ladder(found: dict[str, Any]) -> pd.DataFrame:
+    base = found["benchmark"].get(BASELINE)
+    rows = []
+    for name, bench in found["benchmark"].items():
+        scored = found["evaluate"][name]
+        low, high = scored["exact_call_ci95"]
+        rows.append(
+            {
+                "variant": name,
+                "exact calls": f"{scored['exact_call_fraction']:.1%} ({low:.1%} to {high:.1%})",
+                "replies as on the CPU": f"{scored['same_reply_fraction_vs_cpu']:.1%}",
+                **{f"{p} ms": f"{1e3 * bench['call_s'][p]:.1f}" for p in ("p50", "p95", "p99")},
+                "faster": f"{base['call_s']['p50'] / bench['call_s']['p50']:.2f}x" if base else "",
+                **{f"calls/s at {row['concurrency']}": f"{row['calls_per_s']:.1f}" for row in bench["by_concurrency"]},
+                "MB on disk": f"{bench['model_bytes'] / 1e6:.0f}",
+                "GPU peak MB": f"{bench['gpu_peak_bytes'] / 1e6:.0f}",
+                "GPU busy": f"{bench['gpu_utilisation_fraction']:.0%}",
+                "W": "" if bench["gpu_power_w"] is None else f"{bench['gpu_power_w']:.0f}",
+                "of the memory's bandwidth": f"{bench['bandwidth_fraction']:.1%}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def speed(shape: dict[str, Any]) -> pd.DataFrame:
+    base = shape["variants"][BASELINE]
+    return pd.DataFrame(
+        [
+            {
+                "variant": name,
+                "p50 ms": f"{1e3 * made['call_s']['p50']:.1f}",
+                "p95 ms": f"{1e3 * made['call_s']['p95']:.1f}",
+                "faster": f"{base['call_s']['p50'] / made['call_s']['p50']:.2f}x",
+                "tokens/s": f"{made['decode_tokens_per_s']:.0f}",
+                "MB on disk": f"{made['model_bytes'] / 1e6:.0f}",
+                "GPU peak MB": "" if made["gpu_peak_bytes"] is None else f"{made['gpu_peak_bytes'] / 1e6:.0f}",
+            }
+            for name, made in shape["variants"].items()
+        ]
+    )
+
+
+def _how(found: dict[str, Any]) -> str:
+    gpu = next(iter(found["benchmark"].values()))["provenance"]["machine"]["gpu"]
+    return (
+        f"{gpu['name']}, driver {gpu['driver']}, clocks up to {gpu['max_sm_clock_hz'] / 1e6:.0f} MHz (memory "
+        f"{gpu['max_memory_clock_hz'] / 1e6:.0f} MHz). torch-fp32 is PyTorch eager, torch-fp16 has compiled steps and "
+        "a static cache; both decode token by token. The others have all techniques, and float16 activations: dynamic "
+        "INT8 has no CUDA kernels. No variant is measured before its replies were compared with the CPU's. GPU memory "
+        "is this process's, with one client; how busy and how many watts, the mean under the load of the most clients, "
+        "whose requests wait their turn."
+    )
+
+
+def _table(table: pd.DataFrame) -> str:
+    return str(table.to_markdown(index=False, disable_numparse=True))
