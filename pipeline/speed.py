@@ -1,0 +1,171 @@
+"""Stage `speed` of pipeline/cuda/dvc.yaml: how fast models of other sizes are. Speed only, random weights.
+
+Reads nothing but a tokenizer, which exporters want; writes reports/benchmark/cuda/speed/{shape}.json. A call reads
+`request_tokens` behind a kept prefix and decodes `new_tokens` one by one, in every variant: no grammar, no drafts.
+"""
+
+import logging
+import resource
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hydra
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import DictConfig
+
+from pipeline import config, files
+from pipeline.bench.statistics import percentiles
+from pipeline.model import onnx_export, onnx_quantize
+from pipeline.model.shape import SHAPES, Shape, random_model
+from pipeline.provenance import provenance
+from pipeline.runtime.caller import load_runtime
+from pipeline.runtime.generation import Runtime
+
+log = logging.getLogger(__name__)
+
+VARIANTS = ("torch-fp32", "torch-fp16", "fused-fp16", "int8", "int4")
+
+
+@dataclass
+class SpeedConfig:
+    shape: str
+    device: str
+    threads: int
+    block_size: int  # of the quantized weights
+    prefix_tokens: int
+    request_tokens: int
+    new_tokens: int
+    warmup_calls: int
+    calls: int
+    max_logit_difference_fraction: float  # from the CPU, of the largest logit; above it nothing is written
+
+    def __post_init__(self) -> None:
+        config.require_one_of("speed.shape", self.shape, list(SHAPES))
+        config.require_one_of("speed.device", self.device, ["cpu", "cuda"])
+        config.require_range("speed.threads", self.threads, 1, 1024)
+        config.require_one_of("speed.block_size", self.block_size, [16, 32, 64, 128, 256])
+        for name in ("prefix_tokens", "request_tokens", "new_tokens"):
+            config.require_range(f"speed.{name}", getattr(self, name), 1, 1000)
+        config.require_range("speed.warmup_calls", self.warmup_calls, 0, 1000)
+        config.require_range("speed.calls", self.calls, 1, 100_000)
+        config.require_range("speed.max_logit_difference_fraction", self.max_logit_difference_fraction, 0, 1)
+
+
+@dataclass
+class Params:
+    paths: config.Paths
+    speed: SpeedConfig
+
+
+def run(tokenizer: Path, report: Path, shape: Shape, cfg: SpeedConfig) -> dict[str, Any]:
+    """`shape`: that of cfg.shape, or a smaller one to try things with."""
+    variants: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        log.info("making %s with random weights", cfg.shape)
+        make(Path(scratch), tokenizer, shape, cfg.block_size)
+        for name in VARIANTS:
+            # A process each: what one leaves in memory is not the next one's.
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                variants[name] = process.submit(measure, Path(scratch) / name, cfg).result()
+            log.info("%s %s: p50 %.1f ms", cfg.shape, name, 1e3 * variants[name]["call_s"]["p50"])
+    metrics = {
+        "what": "speed only, random weights",
+        "shape": cfg.shape,
+        "source": shape.source,
+        "device": cfg.device,
+        "variants": variants,
+    }
+    files.write_json(report, metrics | {"provenance": provenance(cfg)})
+    return metrics
+
+
+def make(scratch: Path, tokenizer: Path, shape: Shape, block_size: int) -> None:
+    """A folder for each variant. Weights are rounded plainly: of random ones no rounding keeps more."""
+    for name in VARIANTS:
+        (scratch / name).mkdir()
+    plain, fused = scratch / "torch-fp32", scratch / "fused-fp16"
+    random_model(shape, tokenizer, plain)
+    onnx_export.export_half(plain, scratch / "torch-fp16")
+    onnx_export.export_fused(plain, fused, "cuda")
+    for name, bits in (("int8", 8), ("int4", 4)):
+        weight_only = {"algorithm": "rtn", "symmetric": True, "accuracy_level": 0, "dynamic": False}
+        settings = SimpleNamespace(bits=bits, block_size=block_size, **weight_only)
+        onnx_quantize.quantize(fused / "model.onnx", scratch / name / "model.onnx", settings, [])
+        onnx_export.copy_tokenizer(fused, scratch / name)
+        files.write_json(scratch / name / "toolcaller.json", files.read_json(fused / "toolcaller.json"))
+
+
+def measure(folder: Path, cfg: SpeedConfig) -> dict[str, Any]:
+    """In a process of its own. Raises RuntimeError where the logits on the device are not those on the CPU."""
+    vocabulary = int(files.read_json(folder / "config.json")["vocab_size"])
+    tokens = np.random.default_rng(0).integers(1, vocabulary, cfg.prefix_tokens + cfg.request_tokens).tolist()
+    prefix, asked = tokens[: cfg.prefix_tokens], tokens[cfg.prefix_tokens :]
+    gpu = open_gpu(cfg.device)
+    with gpu.watch() if gpu else nullcontext([]) as samples:
+        runtime = load_runtime(folder, cfg.device, cfg.threads, prefixes=1)
+        made = [call(runtime, prefix, asked, cfg.new_tokens) for _ in range(cfg.warmup_calls + cfg.calls)]
+    peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    made = made[cfg.warmup_calls :]
+    found = logits_after(runtime, asked)
+    on_cpu = logits_after(load_runtime(folder, "cpu", cfg.threads, prefixes=1), asked) if gpu else found
+    difference = float(np.abs(found - on_cpu).max() / np.abs(on_cpu).max())
+    if not difference <= cfg.max_logit_difference_fraction:  # NaN is more too
+        raise RuntimeError(
+            f"{folder.name}: a logit on {cfg.device} is {difference:.1%} of the largest from the CPU's; "
+            f"speed.max_logit_difference_fraction allows {cfg.max_logit_difference_fraction:.1%}"
+        )
+    return {
+        "model_bytes": sum(p.stat().st_size for p in [*folder.glob("model.onnx*"), *folder.glob("*.safetensors")]),
+        "call_s": percentiles([total_s for _, total_s in made]),
+        "first_token_s": percentiles([first_s for first_s, _ in made]),
+        "decode_tokens_per_s": (cfg.new_tokens - 1) * len(made) / max(1e-9, sum(b - a for a, b in made)),
+        "peak_rss_bytes": peak_rss_bytes,
+        "gpu_peak_bytes": max((sample.memory_bytes for sample in samples), default=None),
+        "gpu": gpu.facts() if gpu else None,
+        "logit_difference_fraction": difference,
+    }
+
+
+def open_gpu(device: str) -> Any:
+    """A Gpu; None on the CPU, where NVML is not imported."""
+    if device == "cpu":
+        return None
+    from pipeline.bench.gpu import Gpu
+
+    return Gpu()
+
+
+def call(runtime: Runtime, prefix: list[int], asked: list[int], new_tokens: int) -> tuple[float, float]:
+    """Seconds to the first token and to the last."""
+    start = time.perf_counter()
+    runtime.begin(prefix)
+    token = int(runtime.step(asked, len(prefix), 1)[0].argmax())
+    first_s = time.perf_counter() - start
+    for at in range(len(prefix) + len(asked), len(prefix) + len(asked) + new_tokens - 1):
+        token = int(runtime.step([token], at, 1)[0].argmax())
+    return first_s, time.perf_counter() - start
+
+
+def logits_after(runtime: Runtime, asked: list[int]) -> NDArray[np.float32]:
+    runtime.begin(asked[:1])
+    logits: NDArray[np.float32] = runtime.step(asked, 1, 1)[0]
+    return logits
+
+
+@hydra.main(version_base="1.3", config_path="..", config_name="params")
+def main(raw: DictConfig) -> None:
+    params = config.load(raw, Params)
+    cfg, report = params.speed, params.paths.reports / f"benchmark/cuda/speed/{params.speed.shape}.json"
+    run(params.paths.models / "base", report, SHAPES[cfg.shape], cfg)
+
+
+if __name__ == "__main__":
+    main()
