@@ -112,6 +112,7 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
     engine.stop()
     decode = sum(reply.new_tokens - 1 for reply in made) / sum(reply.total_s - reply.first_token_s for reply in made)
     weights = sum(p.stat().st_size for p in [*folder.glob("model.onnx*"), *folder.glob("*.safetensors")])
+    limit_bytes_per_s = gpu.bandwidth_bytes_per_s() if gpu else read_bandwidth_bytes_per_s(cfg.threads)
     metrics: dict[str, Any] = {
         "variant": variant,
         "device": device,
@@ -125,9 +126,8 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
         "first_token_s": percentiles([reply.first_token_s for reply in made]),
         "prefill_tokens_per_s": prefill_tokens_per_s(caller),
         "decode_tokens_per_s": decode,
-        "bandwidth_fraction": decode
-        * weights
-        / (gpu.bandwidth_bytes_per_s() if gpu else read_bandwidth_bytes_per_s(cfg.threads)),
+        "step_s": (step_s := one_token_step_s(caller)),
+        "bandwidth_fraction": weights / step_s / limit_bytes_per_s,
         "harness_call_s": harness_call_s(caller, requests[0], cfg),
         "by_concurrency": by_concurrency,
         "ablation": ablation(caller, folder, device, requests, cfg) if held else [],
@@ -249,6 +249,16 @@ def prefill_tokens_per_s(caller: ToolCaller) -> float:
         caller.runtime.step(prompt[1:], 1, 1)
         times.append(time.perf_counter() - start)
     return PREFILL_TOKENS / float(np.median(times))
+
+
+def one_token_step_s(caller: ToolCaller) -> float:
+    """Median of 30 steps of one token each, behind a prompt of as many tokens as `prefill_tokens_per_s` has."""
+    times = []
+    for at in range(PREFILL_TOKENS, PREFILL_TOKENS + 30):
+        start = time.perf_counter()
+        caller.runtime.step([at], at, 1)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
 
 
 def read_bandwidth_bytes_per_s(threads: int) -> float:

@@ -31,7 +31,11 @@ def load(schema: type, *changes: str) -> object:
         (quantize.Params, "variant=int3", r"variant must be one of \['int8', 'int4'\], got 'int3'"),
         (benchmark.Params, "benchmark.device=tpu", "benchmark.device must be one of"),
         (benchmark.Params, "techniques.prefixes=-1", "techniques.prefixes must be 0 or more, got -1"),
-        (benchmark.Params, "techniques.grammar=false", "techniques.forced, draft_tokens and alternatives need"),
+        (
+            benchmark.Params,
+            "techniques.grammar=false",
+            "techniques.forced, draft_tokens, guess_tokens and",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_is_allowed(schema: type, change: str, message: str) -> None:

@@ -20,6 +20,7 @@ from pipeline.runtime.manifest import check_manifest
 from pipeline.runtime.recent import Recent
 from pipeline.toolcall import compact, prompt
 from pipeline.toolcall.conversation import Message
+from pipeline.toolcall.draft import Drafter
 from pipeline.toolcall.grammar import Grammar
 from pipeline.toolcall.reply import parse_call, write_call
 from pipeline.toolcall.tokenizer import Tokenizer
@@ -117,8 +118,8 @@ class ToolCaller:
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         prefix, asked = self.encode(messages, tools, max_new_tokens)
-        text = prompt.request_text(messages)
-        return Prompt(prefix, asked, self.tokenizer.eos_token_id, text, choice, max_new_tokens)
+        text, end = prompt.request_text(messages), self.tokenizer.eos_token_id
+        return Prompt(prefix, asked, end, text, choice, max_new_tokens, Drafter(self.tokenizer, tools, text, end))
 
     def stream(self, prompted: Prompt, tools: tuple[Tool, ...], max_new_tokens: int) -> Iterator[Token]:
         """Token by token, the end token last unless cut off."""

@@ -4,7 +4,7 @@ A tool call is short and mostly known beforehand. Three techniques use that; the
 come, not which (the grammar apart, where the model would break a call's form):
 - the grammar holds a call to the tools' schemas;
 - tokens it forces are appended to the next step instead of being asked for one by one;
-- drafts copied from the request are checked in one step; so is the opening of a call, together with the prompt.
+- drafts are checked in one step: what the request's look says a call copies, what follows there, and a call's opening.
 
 A fourth makes calls right more often: of several calls the likeliest is made, not that of the likeliest next tokens.
 """
@@ -18,6 +18,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.toolcall.draft import Drafter
 from pipeline.toolcall.grammar import Grammar, Guide
 
 Ids = NDArray[np.int64]
@@ -37,20 +38,21 @@ class Techniques:
     prefixes: int  # tool lists whose KV cache is kept; 0: it is computed for each request
     grammar: bool
     forced: bool  # append what the grammar forces in one step
-    draft_tokens: int  # at most this many copied from the request per step
+    draft_tokens: int  # at most this many copied from the request per step, where its text goes on as the reply did
+    guess_tokens: int  # at most this many where the request's look says what a call copies (toolcall/draft.py)
     alternatives: int  # at most this many calls are tried beside the greedy one, where the model is unsure
 
     def __post_init__(self) -> None:
-        for name in ("prefixes", "draft_tokens", "alternatives"):
+        for name in ("prefixes", "draft_tokens", "guess_tokens", "alternatives"):
             if getattr(self, name) < 0:
                 raise ValueError(f"techniques.{name} must be 0 or more, got {getattr(self, name)}")
-        if not self.grammar and (self.forced or self.draft_tokens or self.alternatives):
-            raise ValueError("techniques.forced, draft_tokens and alternatives need techniques.grammar")
+        if not self.grammar and (self.forced or self.draft_tokens or self.guess_tokens or self.alternatives):
+            raise ValueError("techniques.forced, draft_tokens, guess_tokens and alternatives need techniques.grammar")
 
 
 PREFIXES = 8
-PLAIN = Techniques(PREFIXES, grammar=False, forced=False, draft_tokens=0, alternatives=0)
-ALL = Techniques(PREFIXES, grammar=True, forced=True, draft_tokens=4, alternatives=4)
+PLAIN = Techniques(PREFIXES, grammar=False, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0)
+ALL = Techniques(PREFIXES, grammar=True, forced=True, draft_tokens=4, guess_tokens=16, alternatives=4)
 SURE = math.log(0.98)  # a token that is likelier than that has no second choice worth trying
 
 
@@ -60,10 +62,11 @@ def ablations(use: Techniques) -> dict[str, Techniques]:
         "all": use,
         "without prefix cache": replace(use, prefixes=0),
         "without forced tokens": replace(use, forced=False),
-        "without drafts": replace(use, draft_tokens=0),
+        "without drafts": replace(use, draft_tokens=0, guess_tokens=0),
+        "without guesses": replace(use, guess_tokens=0),
         "without alternatives": replace(use, alternatives=0),
-        "without grammar": replace(use, grammar=False, forced=False, draft_tokens=0, alternatives=0),
-        "none": Techniques(0, grammar=False, forced=False, draft_tokens=0, alternatives=0),
+        "without grammar": replace(use, grammar=False, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0),
+        "none": Techniques(0, grammar=False, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0),
     }
 
 
@@ -137,6 +140,7 @@ class Prompt:
     text: str  # the request: what copied arguments are spans of
     choice: Choice = Choice.AUTO
     max_new_tokens: int = 1_000_000  # of a reply
+    drafter: Drafter | None = None
 
 
 def generate(runtime: Runtime, prompt: Prompt, grammar: Grammar | None, use: Techniques) -> Iterator[Token]:
@@ -243,7 +247,7 @@ class Decoding:
         elif len(self._said) < self._prompt.max_new_tokens:
             at = len(self._prompt.prefix) + len(self._prompt.asked) + fed
             feed = [token.id for token in self._said[fed:]]
-            self.step = Step(feed, self._reply.draft(self._use.draft_tokens), at)
+            self.step = Step(feed, self._reply.draft(), at)
 
     def _likeliest(self) -> list[Token]:
         """A call has ended: on to the next candidate, or the best is said."""
@@ -360,7 +364,7 @@ class _Reply:
         second = None
         if not self._guide:
             token = greedy(logits)
-        elif not self._use.forced and (forced := self._guide.forced()):
+        elif forced := self._guide.forced():  # where they were not appended, and within a draft
             token = Token(forced[0], 0.0)
         else:
             token = _best(self._guide, logits)
@@ -379,9 +383,13 @@ class _Reply:
             self.take(found)
         return found
 
-    def draft(self, n: int) -> list[int]:
-        """What follows, in the request, the longest match of the reply's last tokens there."""
-        asked = list(self._prompt.asked)
+    def draft(self) -> list[int]:
+        """What the request's look says; else what follows, there, the longest match of the reply's last tokens."""
+        if self._guide and self._use.guess_tokens and self._prompt.drafter:
+            guess = self._prompt.drafter.after(self.tokens, self._use.guess_tokens)
+            if guess:
+                return guess
+        asked, n = list(self._prompt.asked), self._use.draft_tokens
         for length in (3, 2, 1) if n and self._guide else ():
             tail = self.tokens[-length:]
             for start in range(len(asked) - length, -1, -1):

@@ -12,17 +12,15 @@ from numpy.typing import NDArray
 
 from pipeline.runtime.generation import ALL, PLAIN, Choice, NullRuntime, Prompt, Techniques, Token, ablations, generate
 from pipeline.toolcall import compact
+from pipeline.toolcall.draft import Drafter
 from pipeline.toolcall.grammar import Grammar
 from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool
 
-GRAMMAR_ONLY = Techniques(prefixes=1, grammar=True, forced=False, draft_tokens=0, alternatives=0)
+GRAMMAR_ONLY = Techniques(prefixes=1, grammar=True, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0)
+TEXTS = {"pattern": {"type": "string", "x-copy": "regex"}, "path": {"type": "string", "x-copy": "path"}}
 TOOLS = (
-    Tool(
-        "Grep",
-        "Search.",
-        {"type": "object", "properties": {"pattern": {"type": "string"}, "path": {"type": "string"}}, "required": []},
-    ),
+    Tool("Grep", "Search.", {"type": "object", "properties": TEXTS, "required": []}),
     Tool(
         "Wait",
         "Wait.",
@@ -75,23 +73,27 @@ def tokenizer(tiny_base: Path) -> Tokenizer:
 
 def replies(tokenizer: Tokenizer, use: Techniques, seed: int) -> tuple[list[Token], int]:
     grammar = Grammar(tokenizer.vocabulary, TOOLS)
-    asked = tokenizer.encode('find "ab" in cd/ef', add_special_tokens=False)
+    text = 'find "ab" in cd/ef'
+    asked = tokenizer.encode(text, add_special_tokens=False)
     liked = tokenizer.encode('"abcdef}', add_special_tokens=False)
     runtime = RandomRuntime(seed, grammar.opening, liked, len(tokenizer))
-    prompt = Prompt([1, 2, 3], asked, tokenizer.eos_token_id, "", max_new_tokens=300)
+    end = tokenizer.eos_token_id
+    prompt = Prompt([1, 2, 3], asked, end, text, max_new_tokens=300, drafter=Drafter(tokenizer, TOOLS, text, end))
     return list(islice(generate(runtime, prompt, grammar, use), 300)), runtime.steps
 
 
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("draft_tokens", [0, 1, 4])
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("draft_tokens", [0, 4])
+@pytest.mark.parametrize("guess_tokens", [0, 16])
 @pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize("alternatives", [0, 3])
 def test_techniques_leave_the_reply_as_it_is(
-    tokenizer: Tokenizer, seed: int, draft_tokens: int, forced: bool, alternatives: int
+    tokenizer: Tokenizer, seed: int, draft_tokens: int, guess_tokens: int, forced: bool, alternatives: int
 ) -> None:
     expected, steps = replies(tokenizer, replace(GRAMMAR_ONLY, alternatives=alternatives), seed)
-    found, fewer = replies(tokenizer, Techniques(1, True, forced, draft_tokens, alternatives), seed)
+    found, fewer = replies(tokenizer, Techniques(1, True, forced, draft_tokens, guess_tokens, alternatives), seed)
     assert [token.id for token in found] == [token.id for token in expected]
+    assert probability(found) == pytest.approx(probability(expected))
     assert fewer <= steps
     assert fewer < steps or not forced
 
@@ -111,7 +113,7 @@ def test_grammar_makes_every_finished_call_fit_its_tool(tokenizer: Tokenizer, se
 def test_ablations_leave_the_reply_as_it_is_where_the_grammar_stays(tokenizer: Tokenizer, seed: int) -> None:
     found = {name: replies(tokenizer, use, seed) for name, use in ablations(ALL).items()}
     expected, fewest = found["all"]
-    for name in ("without prefix cache", "without forced tokens", "without drafts"):
+    for name in ("without prefix cache", "without forced tokens", "without drafts", "without guesses"):
         assert [token.id for token in found[name][0]] == [token.id for token in expected]
     assert fewest < found["without forced tokens"][1]
 

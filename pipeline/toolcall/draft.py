@@ -1,0 +1,91 @@
+"""What a call is likely to say next, for the model to check in one step.
+
+A path looks like one, and what is to be copied is often quoted: where an argument begins, that is the guess; where such
+a copy ends, that the next required argument or the end follows. A wrong guess costs time, never the reply.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from pipeline.toolcall import copies
+from pipeline.toolcall.reply import OPENING
+from pipeline.toolcall.tool import Tool, find_tool
+
+_QUOTES = (
+    r"```[^\n]*\n(.*?)\n?```",
+    r"`([^`\n]+)`",
+    r'"([^"\n]+)"',
+    r"(?<!\w)'([^'\n]+)'(?!\w)",
+    r"“([^”\n]+)”",
+)
+_QUOTED = re.compile("|".join(_QUOTES), re.DOTALL)
+_PATH = re.compile(
+    r"(?<![\w/.~\\-])(?:~?\.{0,2}/)?[\w.@+\\/-]*[/.\\][\w@+-][\w.@+\\/-]*(?<![.])"  # src/app.py, README.md, ~/.ssh
+    r"|(?<![\w/])[\w.@+-]+/(?!\w)"  # lib/
+)
+
+
+class Drafter:
+    """Of one request. `tokenizer`: as that of prompt.py; `end`: the token that ends a reply."""
+
+    def __init__(self, tokenizer: Any, tools: Sequence[Tool], text: str, end: int) -> None:
+        self._tokenizer, self._tools, self._text, self._end = tokenizer, tools, text, end
+
+    def after(self, tokens: Sequence[int], limit: int) -> list[int]:
+        """At most `limit` tokens that may follow the reply's `tokens`; none where it is not at an argument to copy."""
+        written = str(self._tokenizer.decode(tokens))
+        guessed, ends = written, False
+        while len(guessed) < len(written) + 8 * limit and (more := self._next(guessed)) is not None:
+            guessed += more
+            if ends := not more:
+                break
+        if guessed == written and not ends:
+            return []
+        found = self._tokenizer.encode(guessed, split_special_tokens=True)
+        if found[: len(tokens)] != list(tokens):
+            return []
+        return [*found[len(tokens) :], *([self._end] if ends else [])][:limit]
+
+    def _next(self, written: str) -> str | None:
+        """The next piece of the call, nothing for its end, None where there is no guess."""
+        name, line, _ = written.removeprefix(OPENING).partition("\n")
+        tool = find_tool(self._tools, name)
+        if tool is None or not line:
+            return None
+        properties: dict[str, Any] = tool.parameters.get("properties", {})
+        at, key = max((written.rfind(f"\n{key}"), key) for key in properties)
+        rest, before = written[at + 1 + len(key) :], written[:at]
+        if not rest:
+            return copies.COPY.rstrip() if self._candidate(properties[key], "", before) is not None else None
+        if not rest.startswith(copies.COPY.rstrip()):
+            return None
+        value = rest[len(copies.COPY.rstrip()) :]
+        copy = self._candidate(properties[key], value[1:], before)
+        if copy is None:
+            return None
+        return f" {copy}"[len(value) :] or self._following(tool, key, written)
+
+    def _candidate(self, schema: Any, begun: str, before: str) -> str | None:
+        """What of the request may be copied for an argument that has `begun` so; not what was copied `before`."""
+        found = {"path": self._paths, "span": self._quoted, "text": self._quoted, "regex": self._quoted}
+        candidates = found.get(copies.copy_of(schema), [])
+        return next((one for one in candidates if one.startswith(begun) and f"= {one}" not in before), None)
+
+    def _following(self, tool: Tool, key: str, written: str) -> str:
+        properties, required = tool.parameters["properties"], tool.parameters.get("required", [])
+        for later in list(properties)[list(properties).index(key) + 1 :]:
+            if later in required or (
+                copies.copy_of(properties[later]) == "path" and self._candidate(properties[later], "", written)
+            ):
+                return f"\n{later}"
+        return ""
+
+    @cached_property
+    def _quoted(self) -> list[str]:
+        return [next(filter(None, found.groups()), "") for found in _QUOTED.finditer(self._text)]
+
+    @cached_property
+    def _paths(self) -> list[str]:
+        return [found[0] for found in _PATH.finditer(self._text)]

@@ -1,0 +1,51 @@
+"""What is guessed of a call from how its request looks."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import files
+from pipeline.toolcall.draft import Drafter
+from pipeline.toolcall.tokenizer import Tokenizer
+from pipeline.toolcall.tool import parse_tools
+
+TOOLS = parse_tools(files.read_json(Path("data/tools.json")), "data/tools.json")
+
+
+@pytest.fixture
+def tokenizer(tiny_base: Path) -> Tokenizer:
+    return Tokenizer(tiny_base)
+
+
+@pytest.mark.parametrize(
+    ("request_text", "written", "expected"),
+    [
+        ("open src/app.py please.", "Read\nfile_path =", " src/app.py<end>"),
+        ("open src/app.py please.", "Read\nfile_path = src", "/app.py<end>"),
+        ("what is in ~/.config/x, and in .env?", "Read\nfile_path =", " ~/.config/x<end>"),
+        (
+            "In README.md `a b` should be `c`.",
+            "Edit\nfile_path =",
+            " README.md\nold_string = a b\nnew_string = c<end>",
+        ),
+        ('find "TODO" in lib/', "Grep\npattern", " = TODO\npath = lib/<end>"),
+        ("find TODO", "Grep\npattern", ""),  # nothing looks like a copy
+        ("Show Makefile", "Read\nfile_path =", ""),
+        ("Show a.py", "Read\nfile_path = b", ""),  # no copy begins so
+        ("Show a.py", "Read", ""),  # a name that may go on
+        ('write "x" to a.txt', "Write\nfile_path = a.txt\ncontent:", ""),  # words of the model's own
+    ],
+)
+def test_guess_follows_what_the_request_looks_like(
+    tokenizer: Tokenizer, request_text: str, written: str, expected: str
+) -> None:
+    end = tokenizer.eos_token_id
+    tokens = tokenizer.encode(f"<tool_call>{written}")
+    guessed = Drafter(tokenizer, TOOLS, request_text, end).after(tokens, 100)
+    found = tokenizer.decode([token for token in guessed if token != end]) + ("<end>" if end in guessed else "")
+    assert found == expected
+
+
+def test_guess_is_no_longer_than_allowed(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("<tool_call>Read\nfile_path =")
+    assert len(Drafter(tokenizer, TOOLS, "open src/app.py", 0).after(tokens, 3)) == 3
