@@ -256,7 +256,7 @@ def one_token_step_s(caller: ToolCaller) -> float:
     times = []
     for at in range(PREFILL_TOKENS, PREFILL_TOKENS + 30):
         start = time.perf_counter()
-        caller.runtime.step([at], at, 1)
+        caller.runtime.step([0], at, 1)
         times.append(time.perf_counter() - start)
     return float(np.median(times))
 
