@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from pipeline import benchmark, config, evaluate, files, quantize
+from pipeline import benchmark, config, evaluate, export, files, quantize
 from pipeline.bench import cuda
 from pipeline.bench.gpu import Gpu
 from pipeline.runtime import caller
@@ -103,6 +103,17 @@ def test_no_number_is_written_where_replies_differ(paths: config.Paths, monkeypa
         RuntimeError, match=r"first python -m pipeline\.evaluate variant=fused-fp16 evaluate\.device=cuda"
     ):
         benchmark.run(paths, paths.reports / "benchmark", "fused-fp16", ALL, cfg)
+
+
+def test_export_for_cuda_needs_no_gpu(paths: config.Paths) -> None:
+    cfg = load(export.Params, "export.device=cuda").export
+    tuned, report = paths.models / "tuned", paths.reports / "export/cuda.json"
+    found = export.run(tuned, paths.prepared / "test.jsonl", paths.models, report, cfg)
+    assert {path.name for path in (paths.models / "cuda").iterdir()} == {"torch-fp16", "fused-fp16"}
+    assert all(found[f"cuda/{name}"]["max_logit_difference"] < 0.01 for name in ("torch-fp16", "fused-fp16"))
+    cfg.max_logit_difference_fp16 = 0
+    with pytest.raises(RuntimeError, match=r"cuda/torch-fp16 differs .*export\.max_logit_difference_fp16 allows 0"):
+        export.run(tuned, paths.prepared / "test.jsonl", paths.models, report, cfg)
 
 
 def test_quantize_for_cuda_needs_no_gpu(paths: config.Paths, tmp_path: Path) -> None:

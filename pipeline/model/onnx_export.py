@@ -69,7 +69,8 @@ def _keep_last(path: Path, asked: str) -> None:
     """Give the graph an input (1,): how many of the last positions to compute logits for, or minus that as `start`.
 
     The head is a fifth of the arithmetic, and of a prompt only the last position is asked for. On CUDA it is `start`:
-    Slice reads it on the CPU, so a Neg on the device would cost a copy at each step, and bar CUDA graphs.
+    Slice reads it on the CPU, so a Neg on the device would cost a copy at each step, and bar CUDA graphs
+    (onnxruntime#16491).
     """
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
