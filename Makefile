@@ -19,6 +19,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (several minutes the first time) ..."
 	@$(PYTHON) -m venv $(VENV) || { echo "On Debian or Ubuntu: apt install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[$(RUNTIME),serve,dev]'
+ifeq ($(RUNTIME),gpu)
+	@# onnxruntime-genai asks for onnxruntime, whose files are those of onnxruntime-gpu without CUDA.
+	$(BIN)/python -m pip uninstall -q -y onnxruntime onnxruntime-gpu
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps "$$(grep -o 'onnxruntime-gpu==[0-9.]*' pyproject.toml)"
+endif
 	@touch $@
 
 run: install ## go through every stage that is not up to date; with an NVIDIA driver, on the GPU too
