@@ -7,15 +7,20 @@ from models/cuda/fused-fp16 to models/cuda/{variant} and reports/quantize/cuda/{
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
+import numpy as np
+from numpy.typing import NDArray
 from omegaconf import DictConfig
 
 from pipeline import config, files
-from pipeline.model import agreement, onnx_export, onnx_quantize
+from pipeline.model import agreement, base, onnx_export, onnx_quantize, scale_tuning
+from pipeline.model.gptq import Rounded
 from pipeline.provenance import provenance
 from pipeline.runtime.caller import NO_DYNAMIC
 from pipeline.toolcall import prompt
@@ -36,6 +41,7 @@ class VariantConfig:
     smoothing: float  # share of the activations' unevenness that goes into the weights, where dynamic
     float_inputs: int  # how many matrix products, those with the most uneven inputs, stay weight-only
     eight_bit_products: int  # how many matrix products, those that lose most by 4 bits, keep 8, where gptq
+    tuning_steps: int  # in which the scales learn to say what the tuned model says, where gptq; 0: none
 
     def __post_init__(self) -> None:
         config.require_one_of("quantize.VARIANT.bits", self.bits, [4, 8])
@@ -49,6 +55,9 @@ class VariantConfig:
         if self.dynamic and (self.bits, self.algorithm) != (8, "rtn"):
             raise ValueError("quantize.VARIANT.dynamic is 8 bits, algorithm rtn only")
         config.require_range("quantize.VARIANT.eight_bit_products", self.eight_bit_products, 0, 100_000)
+        config.require_range("quantize.VARIANT.tuning_steps", self.tuning_steps, 0, 100_000)
+        if self.tuning_steps and self.algorithm != "gptq":
+            raise ValueError("quantize.VARIANT.tuning_steps is for algorithm gptq only")
         config.require_range("quantize.VARIANT.smoothing", self.smoothing, 0, 1)
         config.require_range("quantize.VARIANT.float_inputs", self.float_inputs, 0, 100_000)
 
@@ -91,8 +100,12 @@ class Params:
         config.require_one_of("variant", self.variant, ["int8", "int4"])
 
 
-def run(fused: Path, prepared: Path, out: Path, report: Path, variant: str, cfg: QuantizeConfig) -> dict[str, Any]:
-    settings: VariantConfig = getattr(cfg.cuda if cfg.device == "cuda" else cfg, variant)
+def run(paths: config.Paths, report: Path, variant: str, cfg: QuantizeConfig) -> dict[str, Any]:
+    fused, prepared, out = paths.models / "fused", paths.prepared, paths.models / variant
+    settings: VariantConfig = getattr(cfg, variant)
+    if cfg.device == "cuda":
+        fused, out = paths.models / "cuda/fused-fp16", paths.models / "cuda" / variant
+        settings = getattr(cfg.cuda, variant)
     precision = onnx_export.PRECISIONS[cfg.device]
     rows = files.read_spread(prepared / "validation-hand.jsonl", cfg.prompts)
     requests = [parse_request(value, (), where) for where, value in rows]
@@ -100,7 +113,8 @@ def run(fused: Path, prepared: Path, out: Path, report: Path, variant: str, cfg:
     start = time.perf_counter()
     with files.whole_folder(out) as folder:
         texts = calibration_texts(fused, prepared / "train.jsonl", cfg.calibration_requests)
-        counts = onnx_quantize.quantize(fused / "model.onnx", folder / "model.onnx", settings, texts)
+        tune = partial(tuned_scales, paths, settings.tuning_steps) if settings.tuning_steps else None
+        counts = onnx_quantize.quantize(fused / "model.onnx", folder / "model.onnx", settings, texts, tune)
         onnx_export.copy_tokenizer(fused, folder)
         of_fused = files.read_json(fused / "toolcaller.json")
         files.write_json(folder / "toolcaller.json", of_fused | {"quantize": asdict(settings)})
@@ -133,6 +147,15 @@ def calibration_texts(fused: Path, requests: Path, n: int) -> list[tuple[list[in
     return texts
 
 
+def tuned_scales(
+    paths: config.Paths, steps: int, rounded: Mapping[str, tuple[Rounded, int]]
+) -> dict[str, NDArray[np.float32]]:
+    model, tokenizer = base.load_tuned(paths.models / "tuned")
+    rows = files.read_spread(paths.prepared / "train.jsonl", steps * scale_tuning.REQUESTS)
+    requests = [parse_request(value, (), where) for where, value in rows]
+    return scale_tuning.tune(model, rounded, requests, tokenizer, steps)
+
+
 def graph_bytes(folder: Path) -> int:
     """The graph and its weights, without the tokenizer."""
     return sum(path.stat().st_size for path in folder.glob("model.onnx*"))
@@ -141,11 +164,8 @@ def graph_bytes(folder: Path) -> int:
 @hydra.main(version_base="1.3", config_path="..", config_name="params")
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
-    paths, variant = params.paths, params.variant
-    fused, models, reports = paths.models / "fused", paths.models, paths.reports / "quantize"
-    if params.quantize.device == "cuda":
-        fused, models, reports = paths.models / "cuda/fused-fp16", paths.models / "cuda", reports / "cuda"
-    run(fused, paths.prepared, models / variant, reports / f"{variant}.json", variant, params.quantize)
+    reports = params.paths.reports / ("quantize" if params.quantize.device == "cpu" else "quantize/cuda")
+    run(params.paths, reports / f"{params.variant}.json", params.variant, params.quantize)
 
 
 if __name__ == "__main__":

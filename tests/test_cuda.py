@@ -116,14 +116,12 @@ def test_export_for_cuda_needs_no_gpu(paths: config.Paths) -> None:
         export.run(tuned, paths.prepared / "test.jsonl", paths.models, report, cfg)
 
 
-def test_quantize_for_cuda_needs_no_gpu(paths: config.Paths, tmp_path: Path) -> None:
+def test_quantize_for_cuda_needs_no_gpu(paths: config.Paths) -> None:
     cfg = load(quantize.Params, "quantize.device=cuda", "variant=int4").quantize
-    found = quantize.run(
-        paths.models / "cuda/fused-fp16", paths.prepared, tmp_path / "int4", tmp_path / "r", "int4", cfg
-    )
+    found = quantize.run(paths, paths.reports / "quantize/cuda/int4.json", "int4", cfg)
     assert found["settings"] == dataclasses.asdict(cfg.cuda.int4)
     assert found["fp16_bytes"] > found["model_bytes"]
-    assert files.read_json(tmp_path / "int4/toolcaller.json")["runtime"] == "cuda"
+    assert files.read_json(paths.models / "cuda/int4/toolcaller.json")["runtime"] == "cuda"
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 from onnxruntime.quantization.quant_utils import QuantFormat
@@ -21,11 +23,14 @@ log = logging.getLogger(__name__)
 Rows = Sequence[tuple[list[int], int]]  # texts to calibrate on, as onnx_calibration.activations takes them
 
 
-def quantize(source: Path, out: Path, cfg: Any, rows: Rows) -> Counter[str]:
+Tune = Callable[[Mapping[str, tuple[Rounded, int]]], dict[str, NDArray[np.float32]]]
+
+
+def quantize(source: Path, out: Path, cfg: Any, rows: Rows, tune: Tune | None = None) -> Counter[str]:
     """Write the graph at `source` with its weights in `cfg.bits` to `out`; counts weights by bits.
 
-    `cfg` is a VariantConfig of the stage. Source of the operators: onnxruntime, docs/ContribOperators.md,
-    MatMulNBits, DynamicQuantizeMatMul and GatherBlockQuantized.
+    `cfg` is a VariantConfig of the stage. `tune` gives better scales for what GPTQ rounded. Source of the
+    operators: onnxruntime, docs/ContribOperators.md, MatMulNBits, DynamicQuantizeMatMul and GatherBlockQuantized.
 
     Raises RuntimeError where nothing was quantized, or where the embedding is not the head's weight.
     """
@@ -36,7 +41,7 @@ def quantize(source: Path, out: Path, cfg: Any, rows: Rows) -> Counter[str]:
         if cfg.dynamic:
             dynamic = _make_dynamic(model, seen, cfg)
         if cfg.algorithm == "gptq":
-            _round_by_gptq(model, seen, cfg)
+            _round_by_gptq(model, seen, cfg, tune)
     quantizer = nbits.MatMulNBitsQuantizer(
         model,
         bits=cfg.bits,
@@ -74,7 +79,9 @@ def _make_dynamic(model: onnx.ModelProto, seen: onnx_calibration.Activations, cf
     return names
 
 
-def _round_by_gptq(model: onnx.ModelProto, seen: onnx_calibration.Activations, cfg: Any) -> None:
+def _round_by_gptq(
+    model: onnx.ModelProto, seen: onnx_calibration.Activations, cfg: Any, tune: Tune | None = None
+) -> None:
     """To 8 bits those `cfg.eight_bit_products` that lose most by 4; the head, which is the embedding too, never."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = [node for node in model.graph.node if node.op_type == "MatMul"]
@@ -88,6 +95,8 @@ def _round_by_gptq(model: onnx.ModelProto, seen: onnx_calibration.Activations, c
     for node in body[: cfg.eight_bit_products]:
         log.info("%s keeps 8 bits: 4 lose %.2f%% of its products", node.name, 100 * made[node.name][0].error)
         made[node.name] = rounded(node, 8), 8
+    for name, scales in (tune(made) if tune else {}).items():
+        made[name] = replace(made[name][0], scales=scales), made[name][1]
     for node in nodes:
         kind = helper.tensor_dtype_to_np_dtype(tensors[node.input[1]].data_type)
         model.graph.initializer.extend(_pack(node, *made[node.name], kind, cfg))

@@ -27,6 +27,7 @@ def settings(**changed: object) -> VariantConfig:
         "smoothing": 0.5,
         "float_inputs": 0,
         "eight_bit_products": 0,
+        "tuning_steps": 0,
     }
     return VariantConfig(**values | changed)  # type: ignore[arg-type]
 
