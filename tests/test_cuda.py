@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from pipeline import benchmark, config, evaluate, export, files, quantize
@@ -106,6 +107,7 @@ def test_no_number_is_written_where_replies_differ(paths: config.Paths, monkeypa
 
 
 def test_export_for_cuda_needs_no_gpu(paths: config.Paths) -> None:
+    torch.set_num_threads(1)  # on a busy machine several wait for each other, for minutes
     cfg = load(export.Params, "export.device=cuda").export
     tuned, report = paths.models / "tuned", paths.reports / "export/cuda.json"
     found = export.run(tuned, paths.prepared / "test.jsonl", paths.models, report, cfg)
