@@ -56,8 +56,6 @@ class VariantConfig:
             raise ValueError("quantize.VARIANT.dynamic is 8 bits, algorithm rtn only")
         config.require_range("quantize.VARIANT.eight_bit_products", self.eight_bit_products, 0, 100_000)
         config.require_range("quantize.VARIANT.tuning_steps", self.tuning_steps, 0, 100_000)
-        if self.tuning_steps and self.algorithm != "gptq":
-            raise ValueError("quantize.VARIANT.tuning_steps is for algorithm gptq only")
         config.require_range("quantize.VARIANT.smoothing", self.smoothing, 0, 1)
         config.require_range("quantize.VARIANT.float_inputs", self.float_inputs, 0, 100_000)
 
