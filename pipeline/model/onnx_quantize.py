@@ -17,6 +17,7 @@ from onnxruntime.quantization.quant_utils import QuantFormat
 
 from pipeline.model import onnx_calibration, onnx_dynamic
 from pipeline.model.gptq import Rounded, gptq
+from pipeline.model.onnx_merge import merge_gate_up
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def quantize(source: Path, out: Path, cfg: Any, rows: Rows, tune: Tune | None = 
     quantizer.process()
     quantized = quantizer.model.model
     _share_embedding(quantized)
+    merge_gate_up(quantized)
     _drop_unused(quantized.graph)
     counts = weights_by_bits(quantized)
     if not counts[str(cfg.bits)] + len(dynamic):

@@ -22,6 +22,7 @@ from pipeline.toolcall.draft import Drafter
 from pipeline.toolcall.grammar import Grammar, Guide
 
 Ids = NDArray[np.int64]
+LONGEST_DRAFT = 32  # tokens: so much room KV buffers have beyond the context
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Techniques:
     prefixes: int  # tool lists whose KV cache is kept; 0: it is computed for each request
     grammar: bool
     forced: bool  # append what the grammar forces in one step
-    draft_tokens: int  # at most this many copied from the request per step, where its text goes on as the reply did
+    draft_tokens: int  # copied from the request per step, where its text goes on as the reply did; doubled while right
     guess_tokens: int  # at most this many where the request's look says what a call copies (toolcall/draft.py)
     alternatives: int  # at most this many calls are tried beside the greedy one, where the model is unsure
 
@@ -46,6 +47,9 @@ class Techniques:
         for name in ("prefixes", "draft_tokens", "guess_tokens", "alternatives"):
             if getattr(self, name) < 0:
                 raise ValueError(f"techniques.{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("draft_tokens", "guess_tokens"):
+            if getattr(self, name) > LONGEST_DRAFT:
+                raise ValueError(f"techniques.{name} must be at most {LONGEST_DRAFT}, got {getattr(self, name)}")
         if not self.grammar and (self.forced or self.draft_tokens or self.guess_tokens or self.alternatives):
             raise ValueError("techniques.forced, draft_tokens, guess_tokens and alternatives need techniques.grammar")
 
@@ -54,6 +58,7 @@ PREFIXES = 8
 PLAIN = Techniques(PREFIXES, grammar=False, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0)
 ALL = Techniques(PREFIXES, grammar=True, forced=True, draft_tokens=4, guess_tokens=16, alternatives=4)
 SURE = math.log(0.98)  # a token that is likelier than that has no second choice worth trying
+TEXT_FACTOR = math.log(3)  # text is said where any is that much likelier than the best call
 
 
 def ablations(use: Techniques) -> dict[str, Techniques]:
@@ -179,8 +184,8 @@ class Decoding:
 
     With alternatives, of several calls the likeliest. Where the model was unsure of a token, its second choice is gone
     on with too, as long as a call that begins so may be likelier than the best one so far; best-first search, where a
-    candidate is finished greedily. And text, where any text is likelier than that call. So a call is said when its end
-    is known; text comes token by token.
+    candidate is finished greedily. And text, where any text is three times likelier than that call. So a call is said
+    when its end is known; text comes token by token.
     """
 
     def __init__(self, prompt: Prompt, grammar: Grammar | None, use: Techniques) -> None:
@@ -192,6 +197,7 @@ class Decoding:
         self._left = use.alternatives
         self._best: list[Token] = []
         self._cached: list[int] = []  # of the reply, in the KV cache
+        self._copied = 0  # drafts in a row that were right as a whole: the next may be twice as long
         self._text: tuple[float, Token] | None = None  # log-probability of any text, and what the likeliest begins with
         required = self._reply.required()
         self.opening = [Token(found, 0.0) for found in required]  # whatever the model thinks
@@ -210,6 +216,7 @@ class Decoding:
             self._said.append(token)
             if self._reply.finished or token.id != guess or self._reply.grammar_finished:
                 break
+        self._copied = self._copied + 1 if step.draft and guess is None else 0
         self._cached = [token.id for token in self._said[:-1]]
         self._go_on(len(self._cached))
         if not self._use.alternatives or not self._reply.is_call:
@@ -247,7 +254,7 @@ class Decoding:
         elif len(self._said) < self._prompt.max_new_tokens:
             at = len(self._prompt.prefix) + len(self._prompt.asked) + fed
             feed = [token.id for token in self._said[fed:]]
-            self.step = Step(feed, self._reply.draft(), at)
+            self.step = Step(feed, self._reply.draft(min(self._copied, 3)), at)
 
     def _likeliest(self) -> list[Token]:
         """A call has ended: on to the next candidate, or the best is said."""
@@ -261,7 +268,7 @@ class Decoding:
             self._begin(fork)
             if self.step:
                 return []
-        if self._text and self._text[0] > _total(self._best):
+        if self._text and self._text[0] > _total(self._best) + TEXT_FACTOR:
             self._begin([self._text[1]])
         else:
             self._said, self.step = self._best, None
@@ -281,6 +288,7 @@ class Decoding:
         self._reply = _Reply(self._prompt, self._grammar, self._use)
         self._reply.take(ids)
         self._said = said
+        self._copied = 0
         self._go_on(fed)
 
     def _end(self) -> Token:
@@ -383,13 +391,13 @@ class _Reply:
             self.take(found)
         return found
 
-    def draft(self) -> list[int]:
+    def draft(self, doublings: int) -> list[int]:
         """What the request's look says; else what follows, there, the longest match of the reply's last tokens."""
         if self._guide and self._use.guess_tokens and self._prompt.drafter:
             guess = self._prompt.drafter.after(self.tokens, self._use.guess_tokens)
             if guess:
                 return guess
-        asked, n = list(self._prompt.asked), self._use.draft_tokens
+        asked, n = list(self._prompt.asked), min(self._use.draft_tokens << doublings, LONGEST_DRAFT)
         for length in (3, 2, 1) if n and self._guide else ():
             tail = self.tokens[-length:]
             for start in range(len(asked) - length, -1, -1):

@@ -9,10 +9,10 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from pipeline import files
-from pipeline.runtime.generation import Ids
+from pipeline.runtime.generation import LONGEST_DRAFT, Ids
 from pipeline.runtime.recent import Recent
 
-BUFFER_TOKENS, SPARE_TOKENS = 2048, 32
+BUFFER_TOKENS = 2048
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -166,7 +166,7 @@ def lengths(folder: Path) -> tuple[int, int]:
     """Of the KV buffer and of the context. Drafts may reach beyond the end of a reply, and so of the context."""
     limit = int(files.read_json(folder / "config.json")["max_position_embeddings"])
     buffer_tokens = min(limit, BUFFER_TOKENS)
-    return buffer_tokens, buffer_tokens - SPARE_TOKENS
+    return buffer_tokens, buffer_tokens - LONGEST_DRAFT
 
 
 def last_output(binding: onnxruntime.IOBinding) -> NDArray[np.float32]:

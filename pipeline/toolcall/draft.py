@@ -22,9 +22,11 @@ _QUOTES = (
 )
 _QUOTED = re.compile("|".join(_QUOTES), re.DOTALL)
 _PATH = re.compile(
-    r"(?<![\w/.~\\-])(?:~?\.{0,2}/)?[\w.@+\\/-]*[/.\\][\w@+-][\w.@+\\/-]*(?<![.])"  # src/app.py, README.md, ~/.ssh
+    r"(?<![\w/.~\\=-])(?:~?\.{0,2}/)?[\w.@+\\/-]*[/.\\][\w@+-][\w.@+\\/-]*(?<![.])"  # src/app.py, README.md, ~/.ssh
     r"|(?<![\w/])[\w.@+-]+/(?!\w)"  # lib/
 )
+# No plain word: 1.4.9, tmpBuf, TODO
+_CODE = re.compile(r"(?<!\S)(?=\S*(?:[\d_=(){}\[\]<>$:*\\]|[a-z][A-Z]|[A-Z]{2}))\S+")
 
 
 class Drafter:
@@ -69,8 +71,8 @@ class Drafter:
 
     def _candidate(self, schema: Any, begun: str, before: str) -> str | None:
         """What of the request may be copied for an argument that has `begun` so; not what was copied `before`."""
-        found = {"path": self._paths, "span": self._quoted, "text": self._quoted, "regex": self._quoted}
-        candidates = found.get(copies.copy_of(schema), [])
+        kind = copies.copy_of(schema)
+        candidates = self._paths if kind == "path" else self._texts if kind in copies.SEPARATORS else []
         return next((one for one in candidates if one.startswith(begun) and f"= {one}" not in before), None)
 
     def _following(self, tool: Tool, key: str, written: str) -> str:
@@ -83,9 +85,13 @@ class Drafter:
         return ""
 
     @cached_property
-    def _quoted(self) -> list[str]:
-        return [next(filter(None, found.groups()), "") for found in _QUOTED.finditer(self._text)]
+    def _texts(self) -> list[str]:
+        """What is quoted; else what looks like code."""
+        quoted = [next(filter(None, found.groups()), "") for found in _QUOTED.finditer(self._text)]
+        code = [found[0].strip(",.:;?!") for found in _CODE.finditer(self._text)]
+        return quoted or [text for text in code if text not in self._paths]
 
     @cached_property
     def _paths(self) -> list[str]:
-        return [found[0] for found in _PATH.finditer(self._text)]
+        found = [path[0] for path in _PATH.finditer(self._text)]
+        return [path for path in found if not path.replace(".", "").isdigit()]  # 1.4.9

@@ -5,7 +5,7 @@ import numpy as np
 import onnx
 import pytest
 
-from pipeline.model import onnx_calibration, onnx_dynamic
+from pipeline.model import onnx_calibration, onnx_dynamic, onnx_quantize
 from pipeline.model.agreement import onnx_logits
 from pipeline.model.gptq import decode, encode, gptq
 from pipeline.model.onnx_quantize import quantize
@@ -134,3 +134,22 @@ def test_smoothing_leaves_the_function_and_evens_out(tiny_fused: Path, tmp_path:
 def test_settings_that_do_not_go_together_are_refused(changed: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings(**changed)
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"dynamic": True}, {"bits": 4, "algorithm": "gptq"}, {"bits": 4, "symmetric": False}]
+)
+def test_gate_and_up_are_one_product(
+    tiny_fused: Path, tmp_path: Path, changed: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(tiny_fused, tmp_path / "merged", settings(**changed))
+    monkeypatch.setattr(onnx_quantize, "merge_gate_up", lambda _: 0)
+    made(tiny_fused, tmp_path / "apart", settings(**changed))
+    names = {
+        name: {node.name for node in onnx.load(tmp_path / name / "model.onnx", load_external_data=False).graph.node}
+        for name in ("merged", "apart")
+    }
+    assert sum("gate_up_proj" in name and "Split" not in name for name in names["merged"]) == 2
+    assert len(names["apart"]) == len(names["merged"])  # a pair less, a product and a split more
+    for expected, found in zip(*(onnx_logits(tmp_path / name, ROWS) for name in ("apart", "merged")), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)

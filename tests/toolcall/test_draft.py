@@ -28,8 +28,14 @@ def tokenizer(tiny_base: Path) -> Tokenizer:
             "Edit\nfile_path =",
             " README.md\nold_string = a b\nnew_string = c<end>",
         ),
+        (
+            "bump 1.4.9 to 1.5.0 in a/Chart.yaml",
+            "Edit\nfile_path =",
+            " a/Chart.yaml\nold_string = 1.4.9\nnew_string = 1.5.0<end>",
+        ),
+        ("rename tmpBuf to scratch in codec.zig", "Edit\nfile_path = codec.zig\nold_string", " = tmpBuf\nnew_string"),
         ('find "TODO" in lib/', "Grep\npattern", " = TODO\npath = lib/<end>"),
-        ("find TODO", "Grep\npattern", ""),  # nothing looks like a copy
+        ("find todo", "Grep\npattern", ""),  # nothing looks like a copy
         ("Show Makefile", "Read\nfile_path =", ""),
         ("Show a.py", "Read\nfile_path = b", ""),  # no copy begins so
         ("Show a.py", "Read", ""),  # a name that may go on
