@@ -217,16 +217,20 @@ def many_clients(engine: Engine, requests: list[Request], clients: int, cfg: Ben
 def ablation(
     caller: ToolCaller, folder: Path, device: str, requests: list[Request], cfg: BenchmarkConfig
 ) -> list[dict[str, Any]]:
-    """Calls without each technique, each request asked in all ways before the next, so that the machine is the same."""
+    """Calls without each technique, each request asked in all ways before the next, so that the machine is the same.
+
+    In another order each time: who comes after the slowest finds the processor's caches full of other things.
+    """
     uncached = load_runtime(folder, device, cfg.threads, prefixes=0)
     callers = {
         name: ToolCaller(caller.runtime if use.prefixes else uncached, caller.tokenizer, caller.tools, use)
         for name, use in ablations(caller.techniques).items()
     }
     made: dict[str, list[Reply]] = {name: [] for name in callers}
+    rng = random.Random(0)
     for request in [requests[0], *requests[: cfg.ablation_requests]]:
-        for name, each in callers.items():
-            made[name].append(ask(each, request, cfg))
+        for name in rng.sample(list(callers), len(callers)):
+            made[name].append(ask(callers[name], request, cfg))
     written = [reply.written for reply in made["all"]]
     return [
         {
