@@ -138,6 +138,18 @@ def test_where_a_peer_is_better_the_page_says_so() -> None:
     assert lines[2] == "- prefill tokens/s: int8 50, llama.cpp 100: **the peer is 2.00 times better**"
 
 
+def test_peers_that_are_less_right_are_not_compared() -> None:
+    ours = {"int8": {"exact_call_fraction": 0.8, "call_s": {"p50": 0.1}}}
+    peers = {
+        "fast": {"exact_call_fraction": 0.7, "call_s": {"p50": 0.05}},
+        "right": {"exact_call_fraction": 0.8, "call_s": {"p50": 0.3}},
+    }
+    lines = side_by_side.as_right({"ours": ours, "peers": peers})
+    assert lines == ["- int8, 80.0% exact, 100 ms: right, 300 ms: 3.00 times ours"]
+    del peers["right"]
+    assert side_by_side.as_right({"ours": ours, "peers": peers}) == ["- int8, 80.0% exact, 100 ms: none"]
+
+
 def test_an_unknown_peer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"peers\.names must be one of .*llama\.cpp-Q8_0.*, got 'vllm'"):
         PeersConfig(["vllm"], Path(), None, 1, 0.9)
