@@ -30,7 +30,7 @@ run: install ## go through every stage that is not up to date; with an NVIDIA dr
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 ifeq ($(RUNTIME),gpu)
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro pipeline/cuda/dvc.yaml
-	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro -f -s report
+	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro -f -s cost report
 endif
 
 gate: install ## fail unless a variant passes the rules of params.yaml's report section

@@ -1,9 +1,11 @@
 """Stage `cost`: what a million tokens, a thousand calls and a day's traffic cost, on a rented machine and hosted.
 
-Reads reports/evaluate, reports/benchmark and the prices in params; writes reports/cost.json.
+Reads reports/evaluate, reports/benchmark, both also of a GPU where they exist, and the prices in params; writes
+reports/cost.json.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
-from pipeline.bench.price import cascade, usd_per_million_tokens
+from pipeline.bench import gpu_section
+from pipeline.bench.price import break_even, cascade, usd_per_million_tokens
 from pipeline.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -27,6 +30,7 @@ class Machine:
     provider: str
     date: str
     source: str
+    gpus: list[str]  # NVML's names of what its one GPU may be; of a CPU machine none
 
 
 @dataclass
@@ -59,6 +63,7 @@ class Hosted:
 @dataclass
 class CostConfig:
     machine: str
+    gpu_machine: str | None  # None: the one that has the measured GPU
     machines: dict[str, Machine]
     utilisation: float
     utilisations: list[float]  # beside it, to see what hangs on it
@@ -68,13 +73,21 @@ class CostConfig:
     thresholds: list[float]  # of confidence, below which a call is sent to the hosted model
 
     def __post_init__(self) -> None:
-        config.require_one_of("cost.machine", self.machine, list(self.machines))
+        on_gpu = self.gpu_machines()
+        config.require_one_of("cost.machine", self.machine, [name for name in self.machines if name not in on_gpu])
+        if self.gpu_machine is not None:
+            config.require_one_of("cost.gpu_machine", self.gpu_machine, on_gpu)
+        for name, machine in self.machines.items():
+            config.require_range(f"cost.machines.{name}.usd_per_hour", machine.usd_per_hour, 1e-6, 1e6)
         for utilisation in (self.utilisation, *self.utilisations):
             config.require_range("cost.utilisation and cost.utilisations", utilisation, 0.001, 1)
         for threshold in self.thresholds:
             config.require_range("cost.thresholds", threshold, 0, 1)
         config.require_range("cost.p95_limit_s", self.p95_limit_s, 0.001, 86_400)
         config.require_range("cost.tokens_per_day", self.tokens_per_day, 1, 10**15)
+
+    def gpu_machines(self) -> list[str]:
+        return [name for name, machine in self.machines.items() if machine.gpus]
 
 
 @dataclass
@@ -84,27 +97,87 @@ class Params:
 
 
 def run(reports: Path, report: Path, cfg: CostConfig) -> dict[str, Any]:
-    variants = {
-        name: price(
-            files.read_json(reports / "benchmark" / f"{name}.json"),
-            files.read_json(reports / "evaluate" / f"{name}.json"),
-            [row for _, row in files.read_jsonl(reports / "evaluate" / f"{name}.replies.jsonl")],
-            cfg,
-        )
-        for name in VARIANTS
-    }
-    baseline = variants[BASELINE]["usd_per_million_tokens"]
-    for found in variants.values():
-        found["savings_fraction"] = 1 - found["usd_per_million_tokens"] / baseline
+    variants = price_all(reports, "", VARIANTS, cfg.machine, cfg)
     hosted = {**asdict(cfg.hosted), "usd_per_thousand_calls": 1000 * cfg.hosted.usd_per_call}
-    machine = {"name": cfg.machine, **asdict(cfg.machines[cfg.machine])}
-    metrics = {"machine": machine, "hosted": hosted, "variants": variants}
+    metrics = {"machine": facts(cfg.machine, cfg), "hosted": hosted, "variants": variants}
+    metrics |= on_gpu(reports, variants, cfg)
     files.write_json(report, metrics | {"provenance": provenance(cfg)})
     return metrics
 
 
+def facts(machine: str, cfg: CostConfig) -> dict[str, Any]:
+    found = {"name": machine, **asdict(cfg.machines[machine])}
+    del found["gpus"]
+    return found
+
+
+def on_gpu(reports: Path, cpu_variants: dict[str, dict[str, Any]], cfg: CostConfig) -> dict[str, Any]:
+    """Prices on a GPU machine, and beside those of every variant on a CPU; nothing where no GPU was measured."""
+    measured = gpu_section.read(reports)["benchmark"]
+    if not measured:
+        return {}
+    machine = gpu_machine(next(iter(measured.values()))["provenance"]["machine"]["gpu"]["name"], cfg)
+    variants = price_all(reports, "cuda", list(measured), machine, cfg)
+
+    def one(name: str, found: dict[str, Any]) -> tuple[float, float]:
+        return cfg.machines[name].usd_per_hour, found["most_calls_per_day"] * cfg.utilisation
+
+    return {
+        "gpu_machine": facts(machine, cfg),
+        "gpu_variants": variants,
+        "gpu_break_even": {
+            "utilisation": cfg.utilisation,
+            "variants": {
+                name: {cpu: break_even(*one(cfg.machine, of), *one(machine, found)) for cpu, of in cpu_variants.items()}
+                for name, found in variants.items()
+            },
+        },
+    }
+
+
+def gpu_machine(gpu: str, cfg: CostConfig) -> str:
+    """cost.gpu_machine; where that is empty, the machine that names `gpu` among its gpus, letter for letter.
+
+    Raises ValueError where that is not exactly one: a part of a GPU, or a slower kind, has another price.
+    """
+    if cfg.gpu_machine is not None:
+        return cfg.gpu_machine
+    fitting = [name for name, machine in cfg.machines.items() if gpu in machine.gpus]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"reports/benchmark/cuda is of {gpu!r}, which {len(fitting)} of cost.machines name among their gpus; "
+            f"cost.gpu_machine must be one of {fitting or cfg.gpu_machines()}"
+        )
+    return fitting[0]
+
+
+def price_all(
+    reports: Path, device: str, names: Sequence[str], machine: str, cfg: CostConfig
+) -> dict[str, dict[str, Any]]:
+    """`device`: the folder of its reports in those of evaluate and benchmark. Savings are against BASELINE there."""
+    evaluated, measured = reports / "evaluate" / device, reports / "benchmark" / device
+    variants = {
+        name: price(
+            files.read_json(measured / f"{name}.json"),
+            files.read_json(evaluated / f"{name}.json"),
+            [row for _, row in files.read_jsonl(evaluated / f"{name}.replies.jsonl")],
+            cfg.machines[machine].usd_per_hour,
+            cfg,
+        )
+        for name in names
+    }
+    baseline = variants[BASELINE]["usd_per_million_tokens"] if BASELINE in variants else None
+    for found in variants.values():
+        found["savings_fraction"] = 1 - found["usd_per_million_tokens"] / baseline if baseline else None
+    return variants
+
+
 def price(
-    benchmark: dict[str, Any], evaluate: dict[str, Any], replies: list[dict[str, Any]], cfg: CostConfig
+    benchmark: dict[str, Any],
+    evaluate: dict[str, Any],
+    replies: list[dict[str, Any]],
+    per_hour: float,
+    cfg: CostConfig,
 ) -> dict[str, Any]:
     """At the number of clients with the most calls a second whose p95 is within cost.p95_limit_s.
 
@@ -114,7 +187,6 @@ def price(
     within = [level for level in levels if level["p95_s"] <= cfg.p95_limit_s]
     fewest = min(levels, key=lambda level: int(level["concurrency"]))
     level = max(within, key=lambda level: float(level["calls_per_s"])) if within else fewest
-    per_hour = cfg.machines[cfg.machine].usd_per_hour
     per_million = usd_per_million_tokens(per_hour, level["new_tokens_per_s"], cfg.utilisation)
     per_thousand = per_hour / (level["calls_per_s"] * cfg.utilisation * 3600) * 1000
     exact, hosted = evaluate["exact_call_fraction"], cfg.hosted

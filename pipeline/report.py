@@ -161,7 +161,7 @@ def markdown(found: dict[str, Any], faults: dict[str, str | None], best: str | N
             f"## With a larger model behind it ({scored['variant']})",
             tables.cascade(found["cost"], scored["variant"]).to_markdown(index=False, disable_numparse=True),
             cascade_terms(found["cost"], scored["variant"]),
-            *gpu_section.markdown(found["cuda"]),
+            *gpu_section.markdown(found["cuda"], found["cost"], scored["variant"]),
             "Replies of all variants side by side: [examples.md](examples.md). "
             "Beside llama.cpp, OpenVINO and others on the same weights (`make peers`): [peers.md](peers.md).",
             "## How it was measured",

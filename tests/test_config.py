@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import benchmark, config, prepare, quantize, train
+from pipeline import benchmark, config, cost, prepare, quantize, train
 from pipeline.runtime.generation import ALL
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +29,9 @@ def load(schema: type, *changes: str) -> object:
         (prepare.Params, "prepare.validation_fraction=1.5", "prepare.validation_fraction must lie in"),
         (quantize.Params, "quantize.int8.bits=5", r"bits must be one of \[4, 8\], got 5"),
         (quantize.Params, "variant=int3", r"variant must be one of \['int8', 'int4'\], got 'int3'"),
+        (cost.Params, "cost.machine=nebius-h200", r"cost.machine must be one of \['aws-c7i.xlarge', 'fly-perf"),
+        (cost.Params, "cost.gpu_machine=aws-c7i.xlarge", r"cost.gpu_machine must be one of \['aws-g6.xlarge', "),
+        (cost.Params, "cost.machines.runpod-l40s.usd_per_hour=0", "cost.machines.runpod-l40s.usd_per_hour must lie in"),
         (benchmark.Params, "benchmark.device=tpu", "benchmark.device must be one of"),
         (benchmark.Params, "techniques.prefixes=-1", "techniques.prefixes must be 0 or more, got -1"),
         (

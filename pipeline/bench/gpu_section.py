@@ -35,11 +35,19 @@ def read(reports: Path) -> dict[str, Any]:
     return found
 
 
-def markdown(found: dict[str, Any]) -> list[str]:
-    """Its paragraphs; none where no GPU was measured."""
+def markdown(found: dict[str, Any], cost: dict[str, Any], on_cpu: str) -> list[str]:
+    """Its paragraphs; none where no GPU was measured. `on_cpu`: the variant to compare the cost of traffic with.
+
+    Raises ValueError where `cost` (reports/cost.json) is from before the GPU was measured.
+    """
     parts = []
     if found["benchmark"]:
-        parts += ["## On a GPU", _table(ladder(found)), _how(found)]
+        unpriced = [name for name in found["benchmark"] if name not in cost.get("gpu_variants", {})]
+        if unpriced:
+            raise ValueError(
+                f"reports/cost.json has no price on a GPU for {', '.join(unpriced)}; dvc repro -f -s cost makes them"
+            )
+        parts += ["## On a GPU", _table(ladder(found, cost)), _how(found), _break_even(found, cost, on_cpu)]
     if found["speed"]:
         parts += ["## Other sizes on a GPU: speed only, random weights"]
         for shape in found["speed"]:
@@ -47,11 +55,12 @@ def markdown(found: dict[str, Any]) -> list[str]:
     return parts
 
 
-def ladder(found: dict[str, Any]) -> pd.DataFrame:
+def ladder(found: dict[str, Any], cost: dict[str, Any]) -> pd.DataFrame:
     base = found["benchmark"].get(BASELINE)
     rows = []
     for name, bench in found["benchmark"].items():
-        scored = found["evaluate"][name]
+        scored, priced = found["evaluate"][name], cost["gpu_variants"][name]
+        correct = priced["usd_per_thousand_correct_calls"]
         low, high = scored["exact_call_ci95"]
         rows.append(
             {
@@ -66,6 +75,8 @@ def ladder(found: dict[str, Any]) -> pd.DataFrame:
                 "GPU busy": f"{bench['gpu_utilisation_fraction']:.0%}",
                 "W": "" if bench["gpu_power_w"] is None else f"{bench['gpu_power_w']:.0f}",
                 "of the memory's bandwidth": f"{bench['bandwidth_fraction']:.1%}",
+                "USD per million tokens": f"{priced['usd_per_million_tokens']:.3f}",
+                "USD per 1,000 correct calls": "" if correct is None else f"{correct:.4f}",
             }
         )
     return pd.DataFrame(rows)
@@ -98,6 +109,29 @@ def _how(found: dict[str, Any]) -> str:
         "INT8 has no CUDA kernels. No variant is measured before its replies were compared with the CPU's. GPU memory "
         "is this process's, with one client; how busy and how many watts, the mean under the load of the most clients, "
         "whose requests wait their turn."
+    )
+
+
+def _break_even(found: dict[str, Any], cost: dict[str, Any], on_cpu: str) -> str:
+    fastest = min(found["benchmark"], key=lambda name: float(found["benchmark"][name]["call_s"]["p50"]))
+    cpu, gpu = cost["machine"], cost["gpu_machine"]
+    at = cost["gpu_break_even"]["variants"][fastest][on_cpu]
+    if at["calls_per_day"] is None:
+        needed = at["cpu_machines_for_gpu_calls"]
+        how = (
+            f"never costs less: for all the {at['gpu_calls_per_day']:,.0f} calls a day that it answers, {needed} "
+            f"{cpu['name']} are enough, {needed * cpu['usd_per_hour']:.2f} USD an hour."
+        )
+    else:
+        how = (
+            f"costs less above {at['calls_per_day']:,.0f} calls a day, which need {at['cpu_machines']} {cpu['name']} "
+            f"or more; it answers up to {at['gpu_calls_per_day']:,.0f}."
+        )
+    return (
+        f"Price: {gpu['name']} at {gpu['usd_per_hour']} USD an hour ({gpu['provider']}, {gpu['date']}: "
+        f"{gpu['source']}). Break-even of its fastest variant (p50), {fastest}, with {on_cpu} on {cpu['name']} at "
+        f"{cpu['usd_per_hour']} USD an hour: one {gpu['name']} {how} Every machine is rented all day and busy "
+        f"{cost['gpu_break_even']['utilisation']:.0%} of it; calls count alike, right or wrong."
     )
 
 

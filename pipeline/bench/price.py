@@ -1,6 +1,8 @@
-"""What calls cost on a rented machine, from a hosted model, and from both together."""
+"""What calls cost on a rented machine, from a hosted model, from both together, and on a GPU beside CPUs."""
 
+import math
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 SECONDS_PER_HOUR = 3600
@@ -45,4 +47,23 @@ def cascade(
         "exact_call_fraction": right + sent_fraction * hosted_exact_fraction,
         "usd_per_thousand_calls": 1000 * (local + sent_fraction * hosted),
         "break_even_calls_per_day": 24 * usd_per_hour / (kept_fraction * hosted) if kept and hosted else None,
+    }
+
+
+def break_even(
+    cpu_usd_per_hour: float, cpu_calls_per_day: float, gpu_usd_per_hour: float, gpu_calls_per_day: float
+) -> dict[str, float | None]:
+    """From how many calls a day on one GPU machine costs less than the CPU machines that the same calls need.
+
+    Calls a day are those that one machine answers, both at the same share of the day busy. CPU machines come whole:
+    `cpu_machines` is the fewest that cost more than the GPU machine, `calls_per_day` what one fewer answer. It is None
+    where the GPU machine answers no more than that.
+    """
+    cheaper = int(Decimal(str(gpu_usd_per_hour)) // Decimal(str(cpu_usd_per_hour)))  # of floats, 0.3 // 0.1 is 2
+    calls = cheaper * cpu_calls_per_day
+    return {
+        "cpu_machines": cheaper + 1,
+        "calls_per_day": calls if calls < gpu_calls_per_day else None,
+        "gpu_calls_per_day": gpu_calls_per_day,
+        "cpu_machines_for_gpu_calls": math.ceil(gpu_calls_per_day / cpu_calls_per_day),
     }

@@ -28,6 +28,21 @@ def measured(p50_s: float, gpu: str = "NVIDIA H200") -> dict[str, Any]:
     }  # fmt: skip
 
 
+def cost(calls_per_day: float | None = 20_000.0) -> dict[str, Any]:
+    priced = {"usd_per_million_tokens": 0.25, "usd_per_thousand_correct_calls": 0.0125}
+    at = {"cpu_machines": 3, "calls_per_day": calls_per_day, "gpu_calls_per_day": 90_000.0}
+    return {
+        "machine": {"name": "box", "usd_per_hour": 2.0},
+        "gpu_machine": {"name": "g", "usd_per_hour": 5.0, "provider": "P", "date": "2026-10", "source": "a list"},
+        "gpu_variants": dict.fromkeys(FOLDERS, priced)
+        | {"torch-fp32": priced | {"usd_per_thousand_correct_calls": None}},
+        "gpu_break_even": {
+            "utilisation": 0.5,
+            "variants": {"int4": {"int8": at | {"cpu_machines_for_gpu_calls": 2}}},
+        },
+    }
+
+
 def write(reports: Path, **benchmarks: dict[str, Any]) -> None:
     for name, bench in benchmarks.items():
         files.write_json(reports / f"evaluate/cuda/{name}.json", evaluated())
@@ -35,14 +50,14 @@ def write(reports: Path, **benchmarks: dict[str, Any]) -> None:
 
 
 def test_nothing_is_shown_where_no_gpu_was_measured(tmp_path: Path) -> None:
-    assert gpu_section.markdown(gpu_section.read(tmp_path)) == []
+    assert gpu_section.markdown(gpu_section.read(tmp_path), {}, "int8") == []
     files.write_json(tmp_path / "benchmark/cuda/int8.json", measured(0.01))  # without the check that comes first
-    assert gpu_section.markdown(gpu_section.read(tmp_path)) == []
+    assert gpu_section.markdown(gpu_section.read(tmp_path), {}, "int8") == []
 
 
 def test_section_has_the_variants_and_names_the_gpu(tmp_path: Path) -> None:
     write(tmp_path, **{name: measured(0.1 / at) for at, name in enumerate(FOLDERS, start=1)})
-    title, table, how = gpu_section.markdown(gpu_section.read(tmp_path))
+    title, table, how, price = gpu_section.markdown(gpu_section.read(tmp_path), cost(), "int8")
     assert title == "## On a GPU"
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     int8 = dict(zip(rows[0], rows[5], strict=True))  # heading, rule, then the fourth of the variants
@@ -50,8 +65,32 @@ def test_section_has_the_variants_and_names_the_gpu(tmp_path: Path) -> None:
         "variant": "int8", "exact calls": "72.0% (68.0% to 76.0%)", "replies as on the CPU": "99.5%", "p50 ms": "25.0",
         "p95 ms": "50.0", "p99 ms": "75.0", "faster": "4.00x", "calls/s at 1": "40.0", "calls/s at 20": "80.0",
         "MB on disk": "500", "GPU peak MB": "2000", "GPU busy": "50%", "W": "", "of the memory's bandwidth": "1.0%",
+        "USD per million tokens": "0.250", "USD per 1,000 correct calls": "0.0125",
     }  # fmt: skip
+    assert rows[2][-1] == ""  # torch-fp32, never right here
     assert how.startswith("NVIDIA H200, driver 580.1, clocks up to 1980 MHz (memory 3201 MHz).")
+    assert price == (
+        "Price: g at 5.0 USD an hour (P, 2026-10: a list). Break-even of its fastest variant (p50), int4, with int8 on "
+        "box at 2.0 USD an hour: one g costs less above 20,000 calls a day, which need 3 box or more; it answers up to "
+        "90,000. Every machine is rented all day and busy 50% of it; calls count alike, right or wrong."
+    )
+
+
+def test_section_says_where_a_gpu_machine_never_costs_less(tmp_path: Path) -> None:
+    write(tmp_path, int4=measured(0.1))
+    *_, price = gpu_section.markdown(gpu_section.read(tmp_path), cost(calls_per_day=None), "int8")
+    never = (
+        "one g never costs less: for all the 90,000 calls a day that it answers, 2 box are enough, 4.00 USD an hour."
+    )
+    assert never in price
+
+
+def test_prices_from_before_the_gpu_was_measured_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, int8=measured(0.1), int4=measured(0.1))
+    olds: list[tuple[dict[str, Any], str]] = [({}, "int8, int4"), ({"gpu_variants": {"int4": {}}}, "int8;")]
+    for old, missing in olds:
+        with pytest.raises(ValueError, match=f"no price on a GPU for {missing}"):
+            gpu_section.markdown(gpu_section.read(tmp_path), old, "int8")
 
 
 def test_variants_of_two_gpus_are_refused(tmp_path: Path) -> None:
@@ -64,7 +103,7 @@ def test_other_sizes_are_called_what_they_are(tmp_path: Path) -> None:
     made = PEAKS | {"call_s": {"p50": 0.2, "p95": 0.3}, "decode_tokens_per_s": 90.0}
     shape = {"shape": "phi-4-mini", "source": "https://example.org", "variants": {"torch-fp32": made, "int8": made}}
     files.write_json(tmp_path / "benchmark/cuda/speed/phi-4-mini.json", shape)
-    title, name, table = gpu_section.markdown(gpu_section.read(tmp_path))
+    title, name, table = gpu_section.markdown(gpu_section.read(tmp_path), {}, "int8")
     assert title == "## Other sizes on a GPU: speed only, random weights"
     assert name.startswith("phi-4-mini")
     assert "1.00x" in table
