@@ -103,13 +103,24 @@ def run(tools: Path, techniques: Techniques, cfg: ServeConfig, api_key: str | No
     if not is_loopback(cfg.host) and not api_key:
         raise ValueError(f"serve.host is {cfg.host}, which others can reach: set {KEY} to a key that clients must send")
     engine = start_engine(tools, techniques, cfg)
-    limits = Limits(cfg.body_bytes, cfg.read_timeout_s, cfg.request_timeout_s, cfg.max_new_tokens)
-    server = Server(engine, cfg.name, limits, api_key, cfg.log_contents)
+    server = Server(engine, cfg.name, limits(cfg), api_key, cfg.log_contents)
     settings = uvicorn.Config(
-        server.app(), host=cfg.host, port=cfg.port, log_config=None, access_log=False, timeout_graceful_shutdown=1
+        server.app(),
+        host=cfg.host,
+        port=cfg.port,
+        # not whichever is installed: the figures are of these
+        loop="asyncio",
+        http="h11",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=1,
     )
     log.info("%s at http://%s:%d as %s", cfg.model, cfg.host, cfg.port, cfg.name)
     DrainingServer(settings, server, cfg.drain_timeout_s).run()
+
+
+def limits(cfg: ServeConfig) -> Limits:
+    return Limits(cfg.body_bytes, cfg.read_timeout_s, cfg.request_timeout_s, cfg.max_new_tokens)
 
 
 def start_engine(tools: Path, techniques: Techniques, cfg: ServeConfig) -> Engine:

@@ -88,6 +88,7 @@ def test_every_section_of_params_is_read_by_a_stage_or_a_program() -> None:
     params = set(yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")))
     read = {key.partition(".")[0] for stage in STAGES.values() for key in stage["params"]}
     assert (
-        params - {"defaults", "hydra", "paths", "variant", "sweep", "release", "serve", "mcp", "load_test", "peers"}
+        params
+        - {"defaults", "hydra", "paths", "variant", "sweep", "release", "serve", "ray", "mcp", "load_test", "peers"}
         == read
     )
