@@ -1,7 +1,8 @@
 """Stage `train`: fine-tune the base model to make calls.
 
 Reads models/base and data/prepared/{train,validation}.jsonl; writes models/tuned, reports/train.json
-and the loss curves in reports/train. Interrupted, it goes on from its last checkpoint.
+and the loss curves in reports/train. Interrupted, it goes on from its last checkpoint. On several GPUs
+or hosts: accelerate launch -m pipeline.train, with the same steps and losses.
 """
 
 import ctypes
@@ -11,17 +12,21 @@ import resource
 import shutil
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import hydra
 import torch
+from accelerate import PartialState
+from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 from datasets import Dataset
 from dvclive import Live
 from omegaconf import DictConfig
 from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -93,9 +98,19 @@ class PrefixTrainer(Trainer):
     ) -> Any:
         del num_items_in_batch  # a step is a batch: its mean is taken in shared_prefix.loss
         products, head = (self.products, self.head) if model.training else (nullcontext(), None)
-        with self.accelerator.autocast(), products:  # autocast wraps model.forward only; the loss calls its parts
-            found = shared_prefix.loss(model, inputs, head)
+        with products:
+            found = model(inputs, head)  # shared_prefix.loss
         return (found, {}) if return_outputs else found
+
+    def get_train_dataloader(self) -> Any:
+        """Each process gets every step, and takes its share of the requests: a step is the same on any number."""
+        count, index = self.args.world_size, self.args.process_index
+        steps = DataLoader(
+            self.train_dataset,
+            sampler=SeedableRandomSampler(self.train_dataset, data_seed=self.args.seed),
+            collate_fn=lambda rows: _pack(rows, count, index),
+        )
+        return prepare_data_loader(steps, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True)
 
 
 class LossCurves(TrainerCallback):
@@ -115,6 +130,7 @@ class LossCurves(TrainerCallback):
 def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainConfig) -> dict[str, Any]:
     torch.manual_seed(cfg.seed)
     keep_freed_memory()
+    process = PartialState(cpu=not torch.cuda.is_available())
     precision = choose_precision(cfg.precision)
     model, tokenizer = base.load_tuned(base_folder)
     attention = model.config._attn_implementation
@@ -140,12 +156,16 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
                 task_type="CAUSAL_LM",
             ),
         )
-    checkpoints = _checkpoints(out, base_folder, prepared, cfg)
+    model.forward = MethodType(shared_prefix.loss, model)  # what gradients of several processes are averaged around
+    with process.main_process_first():
+        checkpoints = _checkpoints(out, base_folder, prepared, cfg)
     start = time.perf_counter()
     last = get_last_checkpoint(str(checkpoints))
-    with Live(str(report.with_suffix("")), dvcyaml=None, report=None, save_dvc_exp=False, resume=bool(last)) as live:
-        trainer = make_trainer(model, examples, precision, checkpoints, cfg)
-        trainer.add_callback(LossCurves(live))
+    trainer = make_trainer(model, examples, precision, checkpoints, cfg)
+    with ExitStack() as stack:
+        if process.is_main_process:
+            live = Live(str(report.with_suffix("")), dvcyaml=None, report=None, save_dvc_exp=False, resume=bool(last))
+            trainer.add_callback(LossCurves(stack.enter_context(live)))
         trainer.train(resume_from_checkpoint=last)
     metrics = {
         "train_s": time.perf_counter() - start,
@@ -157,8 +177,11 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
         "train_requests": len(examples["train"]),
         "validation_requests": len(examples["validation"]),
         "precision": precision,
+        "processes": process.num_processes,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+    if not process.is_main_process:
+        return metrics
     tuned = trainer.model.merge_and_unload() if cfg.method == "lora" else trainer.model
     tuned.set_attn_implementation(attention)
     with files.whole_folder(out) as folder:
@@ -278,8 +301,8 @@ def _batches(examples: list[shared_prefix.Example], cfg: TrainConfig) -> Dataset
     return Dataset.from_list([{"step": [asdict(examples[at]) for at in row]} for row in rows])
 
 
-def _pack(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return shared_prefix.pack([shared_prefix.Example(**example) for example in rows[0]["step"]])
+def _pack(rows: list[dict[str, Any]], count: int = 1, index: int = 0) -> dict[str, Any]:
+    return shared_prefix.pack([shared_prefix.Example(**example) for example in rows[0]["step"]], count, index)
 
 
 def _checkpoints(out: Path, base_folder: Path, prepared: Path, cfg: TrainConfig) -> Path:

@@ -1,14 +1,21 @@
 import dataclasses
+import os
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from pipeline import files, train
 from pipeline.model.base import load_tuned
 from pipeline.train import LoraSettings, TrainConfig, run
 
+ROOT = Path(__file__).parents[1]
 CFG = TrainConfig(
     seed=0,
     method="full",
@@ -141,3 +148,49 @@ def test_frozen_layers_stay(tiny_base: Path, prepared: Path, tmp_path: Path) -> 
     assert all(name.startswith(("model.layers.1.", "model.norm")) for name in moved)
     with pytest.raises(ValueError, match=r"train\.frozen_layers is 99, but the model has"):
         trained(tiny_base, prepared, tmp_path, frozen_layers=99)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tiny_base: Path, prepared: Path, tmp_path: Path) -> None:
+    """Started by accelerate, they share each step's requests: 20 requests in steps of 400 tokens."""
+    params = OmegaConf.merge(
+        OmegaConf.load(ROOT / "params.yaml"),
+        {"train": dataclasses.asdict(dataclasses.replace(CFG, precision="float32"))},
+        {"paths": {"prepared": str(prepared)}},
+    )
+    curves = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        shutil.copytree(tiny_base, folder / "models/base")
+        shutil.copytree(ROOT / "pipeline", folder / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+        OmegaConf.save(params, folder / "params.yaml")
+        # --multi_gpu is what starts processes on one host; where there is no GPU they are CPU processes
+        many = ["--multi_gpu", f"--main_process_port={free_port()}"] if processes > 1 else ["--cpu"]
+        launch = [
+            *many,
+            f"--num_processes={processes}",
+            "--num_machines=1",
+            "--mixed_precision=no",
+            "--dynamo_backend=no",
+        ]
+        subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "pipeline.train"],
+            cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        curves[processes] = [
+            pd.read_csv(folder / f"reports/train/plots/metrics/{name}/loss.tsv", sep="\t")["loss"]
+            for name in ("train", "eval")
+        ]
+        assert files.read_json(folder / "reports/train.json")["processes"] == processes
+    for one, two in zip(curves[1], curves[2], strict=True):
+        assert len(one) >= 4
+        assert one.tolist() == pytest.approx(two.tolist(), rel=1e-4)
+    one, two = (load_tuned(tmp_path / str(processes) / "models/tuned")[0].state_dict() for processes in (1, 2))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)

@@ -58,10 +58,17 @@ def _by_prefix(order: Sequence[int], examples: Sequence[Example]) -> dict[tuple[
     return found
 
 
-def pack(step: Sequence[Example]) -> dict[str, Any]:
-    """What `loss` takes. tokens, positions (1, n); lengths: of each prefix and then of its requests;
-    predicting, labels, weights (reply tokens,): `predicting` is where in the row a label is predicted.
+def pack(step: Sequence[Example], count: int = 1, index: int = 0) -> dict[str, Any]:
+    """What `loss` takes of a step, or of the share in it that one of `count` processes has.
+
+    tokens, positions (1, n); lengths: of each prefix and then of its requests; predicting, labels, weights (reply
+    tokens,): `predicting` is where in the row a label is predicted; reply_tokens: of the whole step, by process.
     """
+    reply_tokens = sum(len(example.tokens) - example.reply_at for example in step) / count
+    # gradients are averaged over all processes, so one without a share takes part with weights of zero
+    share = step[index::count]
+    scale = float(bool(share))
+    step = share or step[:1]
     tokens: list[int] = []
     positions: list[int] = []
     lengths: list[list[int]] = []
@@ -80,7 +87,7 @@ def pack(step: Sequence[Example]) -> dict[str, Any]:
             positions += range(example.prefix, len(example.tokens))
             predicting += range(len(tokens) - len(reply) - 1, len(tokens) - 1)
             labels += reply
-            weights += [1.0, *[example.weight] * (len(reply) - 1)]
+            weights += [scale, *[scale * example.weight] * (len(reply) - 1)]
     return {
         "tokens": torch.tensor([tokens]),
         "positions": torch.tensor([positions]),
@@ -88,6 +95,7 @@ def pack(step: Sequence[Example]) -> dict[str, Any]:
         "predicting": torch.tensor(predicting),
         "labels": torch.tensor(labels),
         "weights": torch.tensor(weights),
+        "reply_tokens": reply_tokens,
     }
 
 
@@ -103,7 +111,8 @@ def loss(model: Any, batch: dict[str, Any], head: tuple[torch.Tensor, torch.Tens
 
     `model` is a transformers causal LM whose attention is ATTENTION. Not by the sum of the weights: a step
     that happens to hold many texts would give each of them more. With a `short_head` the likelihood is among its
-    tokens: the whole vocabulary takes an eighth of a step's time.
+    tokens: the whole vocabulary takes an eighth of a step's time. The mean over several processes, each with its
+    share of a step, is the step's.
     """
     hidden = model.get_decoder()(
         input_ids=batch["tokens"], position_ids=batch["positions"], lengths=batch["lengths"], use_cache=False
@@ -115,7 +124,7 @@ def loss(model: Any, batch: dict[str, Any], head: tuple[torch.Tensor, torch.Tens
     else:
         logits = model.get_output_embeddings()(hidden)
     found = functional.cross_entropy(logits.float(), labels, reduction="none")
-    return (found * batch["weights"]).mean()
+    return (found * batch["weights"]).sum() / batch["reply_tokens"]
 
 
 def attention(

@@ -99,3 +99,13 @@ def test_int8_products_do_not_round_the_gradient_of_the_input() -> None:
     with Int8Products():
         torch.autograd.backward(functional.linear(x, weight), grad)
     torch.testing.assert_close(x.grad, grad @ weight)
+
+
+def test_mean_of_the_shares_is_the_step() -> None:
+    """Of 5 requests in 2, 3 and 7 shares: with 7 two have none."""
+    model = tiny_model()
+    model.set_attn_implementation(ATTENTION)
+    whole = loss(model, pack(STEP))
+    for count in (2, 3, 7):
+        shares = [loss(model, pack(STEP, count, index)) for index in range(count)]
+        torch.testing.assert_close(torch.stack(shares).mean(), whole)
