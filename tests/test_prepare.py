@@ -69,7 +69,7 @@ def test_split_refuses_too_few_phrasings() -> None:
 
 def test_run_shares_no_text_between_splits(tmp_path: Path) -> None:
     metrics = run(ROOT / "data/tools.json", ROOT / "data/requests", tmp_path / "out", tmp_path / "prepare.json", CFG)
-    assert metrics["requests"] == {"train": 340, "validation": 60, "test": 420, "validation-hand": 140}
+    assert metrics["requests"] == {"train": 340, "validation": 60, "test": 420, "validation-hand": 280}
     assert metrics["overlap"] == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "train.jsonl",
