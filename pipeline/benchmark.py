@@ -97,9 +97,9 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
             ask(caller, request, cfg)
         made = one_client(caller, requests, cfg)
     peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the model is loaded again
-    together = cfg.together if held and device == "cpu" else 1
+    together = cfg.together if held else 1
     engine = Engine(
-        lambda: ToolCaller.load(folder, paths.tools, device, cfg.threads, caller.techniques, together > 1),
+        lambda: ToolCaller.load(folder, paths.tools, device, cfg.threads, caller.techniques, together),
         max(cfg.concurrency),
         caller.runtime.context_tokens,
         together,

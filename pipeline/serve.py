@@ -38,7 +38,7 @@ class ServeConfig:
     threads: int
     max_new_tokens: int
     tool_result_tokens: int  # longer results of tools are cut
-    together: int  # requests answered at a time; more than 1 needs a fused model on the CPU
+    together: int  # requests answered at a time; more than 1 needs a fused model
     queue_length: int  # requests that may wait; more are refused
     body_bytes: int
     read_timeout_s: float
@@ -129,7 +129,7 @@ def start_engine(tools: Path, techniques: Techniques, cfg: ServeConfig) -> Engin
 
     def load() -> ToolCaller:
         return ToolCaller.load(
-            cfg.model, own if own.exists() else tools, cfg.device, cfg.threads, techniques, cfg.together > 1
+            cfg.model, own if own.exists() else tools, cfg.device, cfg.threads, techniques, cfg.together
         )
 
     engine = Engine(load, cfg.queue_length, cfg.tool_result_tokens, cfg.together)

@@ -26,12 +26,12 @@ class Ours:
     def __init__(self, work: dict[str, Any]) -> None:
         self._work = work
         self._techniques = Techniques(**work["techniques"]) if work["techniques"] else PLAIN
-        self._caller = self._load(together=False)
+        self._caller = self._load(together=1)
         self.grammar = self._techniques.grammar
         self.version = version("tool-caller-pipeline")
         self.build = f"onnxruntime {version('onnxruntime')}, {asdict(self._techniques)}"
 
-    def _load(self, together: bool) -> ToolCaller:
+    def _load(self, together: int) -> ToolCaller:
         folder, tools, threads = Path(self._work["model"]), self._work["tools"], self._work["threads"]
         return ToolCaller.load(folder, tools, "cpu", threads, self._techniques, together)
 
@@ -56,7 +56,7 @@ class Ours:
         if not self._work["together"]:
             return None
         context_tokens = self._caller.runtime.context_tokens
-        engine = Engine(lambda: self._load(together=True), clients, context_tokens, self._work["together"])
+        engine = Engine(lambda: self._load(self._work["together"]), clients, context_tokens, self._work["together"])
         engine.wait_until_loaded()
 
         async def answer(number: int) -> None:

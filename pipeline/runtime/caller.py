@@ -62,9 +62,10 @@ class ToolCaller:
         device: str = "cpu",
         threads: int = 2,
         techniques: Techniques = ALL,
-        together: bool = False,
+        together: int = 1,
     ) -> "ToolCaller":
-        """`tools`: their file; without it, the one in `folder` or else data/tools.json. `together`: for an Engine.
+        """`tools`: their file; without it, the one in `folder` or else data/tools.json. `together`: at most so many
+        requests are answered at a time, by an Engine.
 
         Raises FileNotFoundError where `folder` holds no model that a stage of this project wrote, ValueError where
         a released one was changed.
@@ -163,8 +164,8 @@ def _key(tools: tuple[Tool, ...]) -> str:
     return json.dumps([tool.to_json() for tool in tools])
 
 
-def load_runtime(folder: Path, device: str, threads: int, prefixes: int = PREFIXES, together: bool = False) -> Runtime:
-    """`prefixes`: how many are kept. `together`: for several requests at a time.
+def load_runtime(folder: Path, device: str, threads: int, prefixes: int = PREFIXES, together: int = 1) -> Runtime:
+    """`prefixes`: how many are kept. `together`: how many requests at a time.
 
     Raises FileNotFoundError where `folder` holds no model, ValueError where it cannot answer requests together or
     has no kernels on `device`.
@@ -173,14 +174,8 @@ def load_runtime(folder: Path, device: str, threads: int, prefixes: int = PREFIX
     kind = str(settings["runtime"])
     if device == "cuda":
         _require_cuda_kernels(folder, settings)
-    if together:
-        if (kind, device) != ("fused", "cpu"):
-            raise ValueError(
-                f"{folder}: only a fused model on the CPU answers requests together, not {kind} on {device}"
-            )
-        from pipeline.runtime.packed import PackedRuntime
-
-        return PackedRuntime(folder, threads, prefixes)
+    if together > 1:
+        return _load_together(folder, kind, device, threads, (prefixes, together))
     if kind == "PyTorch":
         from pipeline.runtime.pytorch import PytorchRuntime
 
@@ -198,6 +193,19 @@ def load_runtime(folder: Path, device: str, threads: int, prefixes: int = PREFIX
     if kind == "portable":
         return PortableRuntime(folder, device, threads, prefixes)
     return FusedRuntime(folder, threads, prefixes)
+
+
+def _load_together(folder: Path, kind: str, device: str, threads: int, counts: tuple[int, int]) -> Runtime:
+    prefixes, rows = counts
+    if kind == "cuda":
+        from pipeline.runtime.cuda_rows import CudaRowsRuntime
+
+        return CudaRowsRuntime(folder, device, threads, rows)
+    if kind != "fused":
+        raise ValueError(f"{folder}: only a fused model answers requests together, not one for {kind}")
+    from pipeline.runtime.packed import PackedRuntime
+
+    return PackedRuntime(folder, threads, prefixes)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

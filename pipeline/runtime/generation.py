@@ -119,6 +119,9 @@ class Row:
 class TogetherRuntime(Protocol):
     """Several requests behind one prefix, each at its own pace. `begin` ends them all."""
 
+    def has_room(self, prefix: int, own: Sequence[int]) -> bool:
+        """Beside a prefix of so many tokens, for requests of so many each, their replies included?"""
+
     def join(self) -> Row:
         """A new request."""
 

@@ -41,6 +41,9 @@ class PackedRuntime:
     def keeps(self, prefix: Sequence[int]) -> bool:
         return tuple(prefix) in self._prefixes
 
+    def has_room(self, prefix: int, own: Sequence[int]) -> bool:
+        return prefix + sum(own) <= self.context_tokens
+
     def begin(self, prefix: Sequence[int]) -> None:
         """Without rows, and with `prefix` for those to come."""
         self.rows = []

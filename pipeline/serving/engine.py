@@ -258,17 +258,18 @@ class Engine:
         """False: it has to wait until those that are running end, having other tools or too many tokens beside it."""
         tools = job.asked.tools or caller.tools
         prompted = fit(caller, job.asked, tools, self._tool_result_tokens)
-        own = len(prompted.asked) + job.asked.max_new_tokens
-        others = sum(len(one.prompted.asked) + one.job.asked.max_new_tokens for one in running)
         if running and prompted.prefix != running[0].prompted.prefix:
             return False
-        if len(prompted.prefix) + own + others > caller.runtime.context_tokens:
+        runtime = caller.runtime
+        own = [(one.prompted, one.job.asked) for one in running] + [(prompted, job.asked)]
+        tokens = [len(prompt.asked) + asked.max_new_tokens for prompt, asked in own]
+        if isinstance(runtime, TogetherRuntime) and not runtime.has_room(len(prompted.prefix), tokens):
             return False
-        kept = caller.runtime.keeps(prompted.prefix)
+        kept = runtime.keeps(prompted.prefix)
         decoding = caller.decoding(prompted, tools)
         if not running:
-            caller.runtime.begin(prompted.prefix)
-        row = caller.runtime.join() if isinstance(caller.runtime, TogetherRuntime) else None
+            runtime.begin(prompted.prefix)
+        row = runtime.join() if isinstance(runtime, TogetherRuntime) else None
         running.append(_Running(job, tools, prompted, kept, decoding, row, list(decoding.opening)))
         return True
 

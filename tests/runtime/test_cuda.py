@@ -61,12 +61,6 @@ def test_prefix_that_was_not_used_for_the_longest_is_dropped(load: Load) -> None
     assert [runtime.keeps(prefix) for prefix in (PREFIX, OTHER, ASKED)] == [True, False, True]
 
 
-def test_requests_together_are_refused(tiny_base: Path, tmp_path: Path) -> None:
-    export_fused(tiny_base, tmp_path, "cuda")
-    with pytest.raises(ValueError, match="only a fused model on the CPU answers requests together, not cuda on cpu"):
-        load_runtime(tmp_path, "cpu", 1, together=True)
-
-
 def test_models_without_cuda_kernels_are_refused_with_the_reason(tiny_fused: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"GroupQueryAttention takes float16 only.*export\.device=cuda"):
         load_runtime(tiny_fused, "cuda", 1)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pipeline.model.onnx_export import export_fused
 from pipeline.runtime.caller import ToolCaller, load_runtime
 from pipeline.runtime.generation import Choice, Row, Step, TogetherRuntime
+from pipeline.runtime.packed import PackedRuntime
 from pipeline.serving.engine import Asked, Engine, Piece
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +31,7 @@ class Engines:
 
     def __call__(self, together: int, change: Callable[[Any], None] = lambda _: None) -> Engine:
         def load() -> ToolCaller:
-            caller = ToolCaller.load(self._folder, ROOT / "data/tools.json", threads=1, together=together > 1)
+            caller = ToolCaller.load(self._folder, ROOT / "data/tools.json", threads=1, together=together)
             change(caller.runtime)
             return caller
 
@@ -43,9 +45,12 @@ class Engines:
             engine.join(5)
 
 
-@pytest.fixture
-def engines(tiny_fused: Path) -> Any:
-    made = Engines(tiny_fused)
+@pytest.fixture(params=["packed", "rows"])
+def engines(request: pytest.FixtureRequest, tiny_base: Path, tiny_fused: Path, tmp_path: Path) -> Any:
+    """Of both runtimes; the GPU's runs on the CPU."""
+    if request.param == "rows":
+        export_fused(tiny_base, tmp_path, "cuda")
+    made = Engines(tmp_path if request.param == "rows" else tiny_fused)
     yield made
     made.stop()
 
@@ -96,7 +101,7 @@ def test_cancelled_request_leaves_and_the_others_replies_stay(engines: Engines, 
 
     assert texts(asyncio.run(cancel_one())) == alone[1:]
     assert isinstance(runtime, TogetherRuntime)
-    assert not runtime.rows  # type: ignore[attr-defined]
+    assert not (runtime.rows if isinstance(runtime, PackedRuntime) else runtime._rows)  # type: ignore[attr-defined]
 
 
 def test_request_for_which_memory_is_short_fails_alone(engines: Engines, alone: list[str]) -> None:
@@ -121,5 +126,5 @@ def test_request_for_which_memory_is_short_fails_alone(engines: Engines, alone: 
 
 
 def test_only_a_fused_model_answers_requests_together(tiny_base: Path) -> None:
-    with pytest.raises(ValueError, match="only a fused model on the CPU answers requests together"):
-        load_runtime(tiny_base, "cpu", 1, together=True)
+    with pytest.raises(ValueError, match="only a fused model answers requests together, not one for PyTorch"):
+        load_runtime(tiny_base, "cpu", 1, together=2)
