@@ -43,7 +43,7 @@ from pipeline.toolcall.conversation import parse_request
 from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool, parse_tools
 
-# Imported here is what each measured process imports: nothing that needs PyTorch, which would count as the model's.
+# What is imported here every measured process imports, and its memory counts as the model's: no PyTorch, no matplotlib.
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,8 @@ class Params:
 
 def run(params: Params, shapes: dict[str, Shape]) -> dict[str, Any]:
     """`shapes`: SHAPES, or smaller ones to try things with."""
+    from pipeline.bench import growth_section  # matplotlib
+
     paths, cfg = params.paths, params.growth
     report = paths.reports / "growth.json"
     found: dict[str, Any] = files.read_json(report) if report.exists() else {}
@@ -113,9 +115,7 @@ def run(params: Params, shapes: dict[str, Shape]) -> dict[str, Any]:
             "provenance": provenance((params.techniques, params.benchmark, cfg)),
         }
         files.write_json(report, found)
-    from pipeline.bench import growth_section  # matplotlib, which the measured processes need not hold
-
-    growth_section.plots(found, paths.reports)
+        growth_section.plots(found, paths.reports)
     log.info("measured: %s; see %s", ", ".join(cfg.parts), report)
     return found
 
