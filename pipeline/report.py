@@ -1,6 +1,6 @@
 """Stage `report`: one page that says which variant to ship and why.
 
-Reads reports/*.json, also of a GPU where they exist; writes reports/report.md, report.html and plots/.
+Reads reports/*.json, also of a GPU and of growth where they exist; writes reports/report.md, report.html and plots/.
 """
 
 import logging
@@ -12,7 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
-from pipeline.bench import against, gpu_section, page, plot, tables
+from pipeline.bench import against, gpu_section, growth_section, page, plot, tables
 from pipeline.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ def run(reports: Path, cfg: ReportConfig) -> None:
         "export": files.read_json(reports / "export.json"),
         "train": files.read_json(reports / "train.json"),
         "cuda": gpu_section.read(reports),
+        "growth": growth_section.read(reports),
     }
     require_one_run(found)
     faults = {name: fault(found["evaluate"][name], found["evaluate"][REFERENCE], cfg) for name in LADDER}
@@ -162,6 +163,7 @@ def markdown(found: dict[str, Any], faults: dict[str, str | None], best: str | N
             tables.cascade(found["cost"], scored["variant"]).to_markdown(index=False, disable_numparse=True),
             cascade_terms(found["cost"], scored["variant"]),
             *gpu_section.markdown(found["cuda"], found["cost"], scored["variant"]),
+            *growth_section.markdown(found["growth"]),
             "Replies of all variants side by side: [examples.md](examples.md). "
             "Beside llama.cpp, OpenVINO and others on the same weights (`make peers`): [peers.md](peers.md).",
             "## How it was measured",

@@ -5,9 +5,9 @@ Reads nothing but a tokenizer, which exporters want; writes reports/benchmark/cu
 """
 
 import logging
-import resource
+import shutil
 import tempfile
-import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from pipeline.model import onnx_export, onnx_quantize
 from pipeline.model.shape import SHAPES, Shape, random_model
 from pipeline.provenance import provenance
 from pipeline.runtime.caller import load_runtime
+from pipeline.runtime.fixed import call, peak_rss_bytes
 from pipeline.runtime.generation import Runtime
 
 log = logging.getLogger(__name__)
@@ -97,10 +98,31 @@ def make(scratch: Path, tokenizer: Path, shape: Shape, block_size: int) -> None:
     onnx_export.export_fused(plain, fused, "cuda")
     for name, bits in (("int8", 8), ("int4", 4)):
         weight_only = {"algorithm": "rtn", "symmetric": True, "accuracy_level": 0, "dynamic": False}
-        settings = SimpleNamespace(bits=bits, block_size=block_size, **weight_only)
-        onnx_quantize.quantize(fused / "model.onnx", scratch / name / "model.onnx", settings, [])
-        onnx_export.copy_tokenizer(fused, scratch / name)
-        files.write_json(scratch / name / "toolcaller.json", files.read_json(fused / "toolcaller.json"))
+        _quantize(fused, scratch / name, {"bits": bits, "block_size": block_size, **weight_only}, [])
+
+
+def make_for_cpu(scratch: Path, tokenizer: Path, shape: Shape, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """A folder for each of `settings`, which are those of quantize.VARIANT in params.yaml.
+
+    Where activations are seen first, it is on random tokens.
+    """
+    plain, fused = scratch / "torch-fp32", scratch / "fused-fp32"
+    for folder in (plain, fused, *(scratch / name for name in settings)):
+        folder.mkdir()
+    random_model(shape, tokenizer, plain)
+    onnx_export.export_fused(plain, fused)
+    shutil.rmtree(plain)
+    seen = np.random.default_rng(0).integers(1, shape.config["vocab_size"], 64).tolist()
+    for name, found in settings.items():
+        _quantize(fused, scratch / name, found, [(seen, 0)])
+    shutil.rmtree(fused)
+
+
+def _quantize(fused: Path, out: Path, settings: Mapping[str, Any], rows: onnx_quantize.Rows) -> None:
+    logging.getLogger("onnxruntime.quantization").setLevel(logging.WARNING)  # it tells of every node
+    onnx_quantize.quantize(fused / "model.onnx", out / "model.onnx", SimpleNamespace(**settings), rows)
+    onnx_export.copy_tokenizer(fused, out)
+    files.write_json(out / "toolcaller.json", files.read_json(fused / "toolcaller.json"))
 
 
 def measure(folder: Path, cfg: SpeedConfig) -> dict[str, Any]:
@@ -112,7 +134,7 @@ def measure(folder: Path, cfg: SpeedConfig) -> dict[str, Any]:
     with gpu.watch() if gpu else nullcontext([]) as samples:
         runtime = load_runtime(folder, cfg.device, cfg.threads, prefixes=1)
         made = [call(runtime, prefix, asked, cfg.new_tokens) for _ in range(cfg.warmup_calls + cfg.calls)]
-    peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_rss_bytes()
     made = made[cfg.warmup_calls :]
     found = logits_after(runtime, asked)
     on_cpu = logits_after(load_runtime(folder, "cpu", cfg.threads, prefixes=1), asked) if gpu else found
@@ -127,7 +149,7 @@ def measure(folder: Path, cfg: SpeedConfig) -> dict[str, Any]:
         "call_s": percentiles([total_s for _, total_s in made]),
         "first_token_s": percentiles([first_s for first_s, _ in made]),
         "decode_tokens_per_s": (cfg.new_tokens - 1) * len(made) / max(1e-9, sum(b - a for a, b in made)),
-        "peak_rss_bytes": peak_rss_bytes,
+        "peak_rss_bytes": peak,
         "gpu_peak_bytes": max((sample.memory_bytes for sample in samples), default=None),
         "gpu": gpu.facts() if gpu else None,
         "logit_difference_fraction": difference,
@@ -141,17 +163,6 @@ def open_gpu(device: str) -> Any:
     from pipeline.bench.gpu import Gpu
 
     return Gpu()
-
-
-def call(runtime: Runtime, prefix: list[int], asked: list[int], new_tokens: int) -> tuple[float, float]:
-    """Seconds to the first token and to the last."""
-    start = time.perf_counter()
-    runtime.begin(prefix)
-    token = int(runtime.step(asked, len(prefix), 1)[0].argmax())
-    first_s = time.perf_counter() - start
-    for at in range(len(prefix) + len(asked), len(prefix) + len(asked) + new_tokens - 1):
-        token = int(runtime.step([token], at, 1)[0].argmax())
-    return first_s, time.perf_counter() - start
 
 
 def logits_after(runtime: Runtime, asked: list[int]) -> NDArray[np.float32]:

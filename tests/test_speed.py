@@ -50,7 +50,14 @@ def test_report_says_that_weights_are_random(tiny_base: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("qwen2.5-0.5b", 0.494e9), ("llama-3.2-1b", 1.236e9), ("phi-4-mini", 3.836e9)]
+    ("name", "parameters"),
+    [
+        ("smollm2-135m", 0.1345e9),
+        ("smollm2-360m", 0.362e9),
+        ("qwen2.5-0.5b", 0.494e9),
+        ("llama-3.2-1b", 1.236e9),
+        ("phi-4-mini", 3.836e9),
+    ],
 )
 def test_shapes_have_the_parameters_their_authors_say(name: str, parameters: float) -> None:
     """Counted by hand: embedding, and per layer q, k, v, o, gate, up, down; biases and norms are too few to show."""

@@ -7,11 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from pipeline.model.onnx_export import copy_tokenizer
-
 CONTEXT = {"max_position_embeddings": 4096, "tie_word_embeddings": True}
 
 
@@ -22,6 +17,38 @@ class Shape:
 
 
 SHAPES = {
+    "smollm2-135m": Shape(
+        "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct/blob/main/config.json",
+        CONTEXT
+        | {
+            "model_type": "llama",
+            "vocab_size": 49_152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e5,
+        },
+    ),
+    "smollm2-360m": Shape(
+        "https://huggingface.co/HuggingFaceTB/SmolLM2-360M-Instruct/blob/main/config.json",
+        CONTEXT
+        | {
+            "model_type": "llama",
+            "vocab_size": 49_152,
+            "hidden_size": 960,
+            "intermediate_size": 2560,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 15,
+            "num_key_value_heads": 5,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e5,
+        },
+    ),
     "qwen2.5-0.5b": Shape(
         "https://huggingface.co/Qwen/Qwen2.5-0.5B/blob/main/config.json",
         CONTEXT
@@ -75,6 +102,11 @@ SHAPES = {
 
 def random_model(shape: Shape, tokenizer: Path, out: Path) -> None:
     """A folder as `train` writes it, in float32. `tokenizer`: a folder with any: exporters want one, nobody asks it."""
+    import torch  # here, so that who only reads SHAPES does without
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from pipeline.model.onnx_export import copy_tokenizer
+
     torch.manual_seed(0)
     settings = dict(shape.config)
     config = AutoConfig.for_model(

@@ -1,0 +1,207 @@
+"""The report's section on how time and memory grow, where reports/growth.json exists, and its pictures."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+
+from pipeline import files
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+COLOURS = {"fused-fp32": "tab:gray", "int8": "tab:blue", "int4": "tab:orange"}
+Row = dict[str, Any]
+
+
+def read(reports: Path) -> dict[str, Any]:
+    """By part, those that were measured."""
+    path = reports / "growth.json"
+    return dict(files.read_json(path)) if path.exists() else {}
+
+
+def markdown(found: dict[str, Any]) -> list[str]:
+    """Its paragraphs; none where nothing was measured."""
+    parts = [f"### {TITLES[name]}\n\n{PARAGRAPHS[name](found[name])}" for name in TITLES if name in found]
+    return ["## How time and memory grow", ABOUT, *parts] if parts else []
+
+
+def limit_calls_per_s(row: Row) -> float:
+    """The lower of the two that bandwidth and arithmetic set."""
+    return float(min(row["limits_calls_per_s"].values()))
+
+
+def prompt(part: dict[str, Any]) -> str:
+    rows = []
+    for name, variant in part["variants"].items():
+        for row in variant["by_tokens"]:
+            rows.append(
+                {
+                    "variant": name,
+                    "tokens": row["prompt_tokens"],
+                    "p50 ms": f"{1e3 * row['call_s']['p50']:.0f}",
+                    "limit ms": f"{1e3 * row['limit_call_s']:.0f}",
+                    "of the limit": f"{row['limit_call_s'] / row['call_s']['p50']:.0%}",
+                    "peak MB": f"{row['peak_rss_bytes'] / 1e6:.0f}",
+                    "resident MB": f"{row['rss_bytes'] / 1e6:.0f}",
+                    "weights and KV cache MB": f"{row['limit_memory_bytes'] / 1e6:.0f}",
+                }
+            )
+    prefix = next(iter(part["variants"].values()))["prefix_tokens"]
+    return _paragraphs(
+        part,
+        f"A request of so many tokens behind the kept prefix of {prefix}; a fixed number of new tokens, one a step, "
+        "without grammar. Each row is a process of its own. The limit in time: the prompt's multiplications and "
+        "additions (attention's too, causal) at the rate of a large product, then for each new token the weights and "
+        "the KV cache at the memory's bandwidth. In memory: weights and KV cache.",
+        rows,
+        "growth-prompt.png",
+    )
+
+
+def clients(part: dict[str, Any]) -> str:
+    rows = []
+    for name, variant in part["variants"].items():
+        for row in variant["by_clients"]:
+            limit = limit_calls_per_s(row)
+            rows.append(
+                {
+                    "variant": name,
+                    "clients": row["concurrency"],
+                    "calls/s": f"{row['calls_per_s']:.1f}",
+                    "limit": f"{limit:.1f}",
+                    "set by": min(row["limits_calls_per_s"], key=row["limits_calls_per_s"].__getitem__),
+                    "of the limit": f"{row['calls_per_s'] / limit:.0%}",
+                    "p50 ms": f"{1e3 * row['p50_s']:.0f}",
+                    "p95 ms": f"{1e3 * row['p95_s']:.0f}",
+                    "errors": f"{row['error_fraction']:.0%}",
+                }
+            )
+    counted = ", ".join(
+        f"{name}: {v['asked']['steps']:.1f} steps, {v['asked']['tokens']:.0f} tokens"
+        for name, v in part["variants"].items()
+    )
+    together = next(iter(part["variants"].values()))["together"]
+    return _paragraphs(
+        part,
+        f"Test requests with all techniques, up to {together} answered together. The limit is the lower of two: of "
+        "bandwidth, where a step reads the weights once for all that are answered together, and of arithmetic, which "
+        f"nobody shares; both for what a call was counted to ask of the model ({counted}). The dotted line beside p95 "
+        "is the mean time of a call at that limit: clients over calls/s.",
+        rows,
+        "growth-clients.png",
+    )
+
+
+def sizes(part: dict[str, Any]) -> str:
+    rows = []
+    for name, variant in part["variants"].items():
+        for row in variant["by_shape"]:
+            rows.append(
+                {
+                    "variant": name,
+                    "shape": row["shape"],
+                    "million weights": f"{row['weights'] / 1e6:.0f}",
+                    "MB on disk": f"{row['model_bytes'] / 1e6:.0f}",
+                    "p50 ms": f"{1e3 * row['call_s']['p50']:.0f}",
+                    "limit ms": f"{1e3 * row['limit_call_s']:.0f}",
+                    "of the limit": f"{row['limit_call_s'] / row['call_s']['p50']:.0%}",
+                    "peak MB": f"{row['peak_rss_bytes'] / 1e6:.0f}",
+                }
+            )
+    return _paragraphs(
+        part,
+        "The default model's settings at the shapes of larger models, with random weights: they say how fast, and "
+        "nothing else. Calls of fixed lengths, without grammar; the limit is that of a longer prompt, above all the "
+        "bytes of the weights, read once a new token, over the memory's bandwidth.",
+        rows,
+        "growth-sizes.png",
+    )
+
+
+ABOUT = (
+    "`python -m pipeline.growth`. Dotted lines are limits, from what the machine was measured to do in the same run: "
+    "reading memory, and multiplying large squares of float32 (as attention, and the weights of fused-fp32) and of "
+    "8-bit integers (as the weights of int8, and of int4, which are unpacked to them). Only a model that fits the "
+    "processor's caches could pass the memory's."
+)
+TITLES = {
+    "prompt": "A longer request",
+    "clients": "More clients",
+    "sizes": "A larger model: speed only, random weights",
+}
+PARAGRAPHS: dict[str, Callable[[dict[str, Any]], str]] = {"prompt": prompt, "clients": clients, "sizes": sizes}
+
+
+def _paragraphs(part: dict[str, Any], text: str, rows: Sequence[Row], picture: str) -> str:
+    machine, where = part["machine"], part["provenance"]["machine"]
+    measured = (
+        f"{where['cpu']}, {where['cores']} cores: {machine['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s, "
+        f"{machine['float32_operations_per_s'] / 1e9:.0f} and {machine['int8_operations_per_s'] / 1e9:.0f} billion "
+        "operations a second in float32 and in 8-bit integers."
+    )
+    table = str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
+    return "\n\n".join([text, measured, table, f"![{picture.removesuffix('.png')}]({picture})"])
+
+
+def plots(found: dict[str, Any], reports: Path) -> None:
+    """growth-*.png into `reports`, of the parts there are."""
+    for name, draw in (("prompt", _plot_prompt), ("clients", _plot_clients), ("sizes", _plot_sizes)):
+        if name not in found:
+            continue
+        figure, axes = plt.subplots(1, 1 if name == "sizes" else 2, figsize=(4.8 if name == "sizes" else 9.6, 3.6))
+        draw(found[name]["variants"], axes)
+        figure.suptitle(f"{TITLES[name]}; dotted: the limit", fontsize=9)
+        figure.tight_layout()
+        figure.savefig(reports / f"growth-{name}.png", dpi=120)
+        plt.close(figure)
+
+
+def _plot_prompt(variants: dict[str, Any], axes: Any) -> None:
+    for name, variant in variants.items():
+        rows = variant["by_tokens"]
+        tokens = [row["prompt_tokens"] for row in rows]
+        _curve(axes[0], name, tokens, [r["call_s"]["p50"] for r in rows], [r["limit_call_s"] for r in rows])
+        memory = [row["peak_rss_bytes"] / 1e6 for row in rows]
+        _curve(axes[1], name, tokens, memory, [row["limit_memory_bytes"] / 1e6 for row in rows])
+    for one, label in zip(axes, ("p50 of a call (s)", "peak memory (MB)"), strict=True):
+        one.set(xlabel="tokens of the request", ylabel=label, xscale="log", yscale="log")
+        _ticks(one, sorted({row["prompt_tokens"] for v in variants.values() for row in v["by_tokens"]}))
+    axes[0].legend(fontsize=7)
+
+
+def _plot_clients(variants: dict[str, Any], axes: Any) -> None:
+    for name, variant in variants.items():
+        rows = variant["by_clients"]
+        clients = [row["concurrency"] for row in rows]
+        limit = [limit_calls_per_s(row) for row in rows]
+        _curve(axes[0], name, clients, [row["calls_per_s"] for row in rows], limit)
+        at_limit = [n / most for n, most in zip(clients, limit, strict=True)]
+        _curve(axes[1], name, clients, [row["p95_s"] for row in rows], at_limit)
+    axes[0].set(xlabel="clients", ylabel="calls per second", xscale="log", ylim=(0, None))
+    axes[1].set(xlabel="clients", ylabel="p95 of a call (s)", xscale="log", yscale="log")
+    for one in axes:
+        _ticks(one, sorted({row["concurrency"] for v in variants.values() for row in v["by_clients"]}))
+    axes[0].legend(fontsize=7)
+
+
+def _plot_sizes(variants: dict[str, Any], axes: Any) -> None:
+    for name, variant in variants.items():
+        rows = sorted(variant["by_shape"], key=lambda row: int(row["weights"]))
+        weights = [row["weights"] / 1e6 for row in rows]
+        _curve(axes, name, weights, [r["call_s"]["p50"] for r in rows], [r["limit_call_s"] for r in rows])
+    axes.set(xlabel="million weights", ylabel="p50 of a call (s)", xscale="log", yscale="log")
+    _ticks(axes, sorted({round(row["weights"] / 1e6) for v in variants.values() for row in v["by_shape"]}))
+    axes.legend(fontsize=7)
+
+
+def _curve(axes: Any, name: str, x: Sequence[float], measured: Sequence[float], limit: Sequence[float]) -> None:
+    axes.plot(x, measured, color=COLOURS[name], marker="o", label=name)
+    axes.plot(x, limit, color=COLOURS[name], linestyle=":")
+
+
+def _ticks(axes: Any, values: Sequence[float]) -> None:
+    axes.set_xticks(values, labels=[str(value) for value in values])
+    axes.minorticks_off()
