@@ -237,8 +237,9 @@ def _cascade(found: Found, chosen: str, path: Path) -> str:
         axes.plot(*zip(*curve, strict=True), color=colour(chosen), marker=mark(chosen), linewidth=2)
         for step, at in zip(steps, curve, strict=True):
             text = f"{step['sent_fraction']:.0%} sent on" if step["sent_fraction"] else f"{chosen} alone"
-            under = at != curve[-1]
-            axes.annotate(text, at, (6, -4) if under else (0, 6), va="top" if under else "bottom", **BESIDE)
+            last, rises = at == curve[-1], any(exact > at[1] for _, exact in curve)
+            place, side = ((8, 0), "center") if last else ((6, -4), "top") if rises else ((-8, 7), "bottom")
+            axes.annotate(text, at, place, va=side, **BESIDE)
         axes.plot(*alone, "*", color=QUIET, markersize=11)
         axes.annotate(f"{hosted['model']}\nalone (assumed)", alone, (0, -8), ha="center", va="top", **BESIDE)
         axes.set(xlabel="USD per 1,000 calls", ylabel="exact calls, %")
