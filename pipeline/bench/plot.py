@@ -231,7 +231,8 @@ def _cascade(found: Found, chosen: str, path: Path) -> str:
     title = f"Doubtful calls sent on to {hosted['model']} make {chosen} more often right"
     if step := hosted_is_reached(cost, chosen):
         title = f"With {step['sent_fraction']:.0%} of the calls sent on, {100 * step['exact_call_fraction']:.0f}% are "
-        title += f"exact for {_usd(step['usd_per_thousand_calls'])} USD per 1,000, if {hosted['model']} is on {alone[1]:.0f}%"
+        title += f"exact for {_usd(step['usd_per_thousand_calls'])} USD per 1,000"
+        title += f", if {alone[1]:.0f}% of {hosted['model']}'s are"
     with canvas(path, title) as figure:
         axes = figure.subplots()
         axes.plot(*zip(*curve, strict=True), color=colour(chosen), marker=mark(chosen), linewidth=2)
