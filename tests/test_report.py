@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.bench.tables import ablation
-from pipeline.report import LADDER, ReportConfig, fault, recommend, require_one_run
+from pipeline.bench.tables import LADDER, ablation
+from pipeline.report import ReportConfig, fault, recommend, require_one_run
 
 CFG = ReportConfig(max_loss_fraction=0.02, significance=0.05, min_exact_fraction=0.5, gate=False, against=None)
 FP32 = {"exact_call_fraction": 0.80}

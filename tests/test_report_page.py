@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
+from pipeline import files
+from pipeline.bench.tables import LADDER
 from pipeline.report import ReportConfig, run
 
 ROOT = Path(__file__).parents[1]
@@ -18,21 +21,26 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 FRAME = """<!doctype html><body><iframe src="report.html" width="{width}" height="800"></iframe><script>
 onload = () => {{
   const page = document.querySelector("iframe").contentDocument
+  page.querySelectorAll("details").forEach(part => part.open = true)
   const broken = [...page.images].filter(image => !image.naturalWidth).length
   document.body.dataset.found = `${{page.documentElement.scrollWidth}} ${{page.images.length}} ${{broken}}`
 }}
 </script></body>"""
 
 
+def settings(**changed: float) -> ReportConfig:
+    found = OmegaConf.load(ROOT / "params.yaml").report
+    cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ReportConfig), found, changed))
+    assert isinstance(cfg, ReportConfig)
+    return cfg
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reports = tmp_path_factory.mktemp("project") / "reports"
     shutil.copytree(ROOT / "reports", reports)
-    settings = OmegaConf.merge(OmegaConf.structured(ReportConfig), OmegaConf.load(ROOT / "params.yaml").report)
-    cfg = OmegaConf.to_object(settings)
-    assert isinstance(cfg, ReportConfig)
     start = time.perf_counter()
-    run(reports, cfg)
+    run(reports, settings())
     assert time.perf_counter() - start < 20
     return reports / "report.html"
 
@@ -41,6 +49,43 @@ def test_page_is_one_small_file_that_needs_no_network(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert len(text) < 3e6
     assert not re.findall(r'(?:src|href)="(?!data:|#)', text)
+
+
+def test_every_picture_of_the_folder_is_shown_once_with_its_title_and_figures_in_words(page: Path) -> None:
+    pictures = re.findall(r"!\[([^\]]+)\]\(plots/([a-z-]+\.png)\)", page.with_suffix(".md").read_text(encoding="utf-8"))
+    words = [text for text, _ in pictures]
+    assert sorted(name for _, name in pictures) == sorted(path.name for path in (page.parent / "plots").iterdir())
+    assert all(re.search(r"\d.*\. \S", text) for text in words)
+    assert len(set(words)) == len(words)
+    shown = [html.unescape(text) for text in re.findall(r'<img [^>]*alt="([^"]+)"', page.read_text(encoding="utf-8"))]
+    assert shown == words
+
+
+def test_page_and_markdown_say_the_same_and_the_page_folds_the_replies_in(page: Path) -> None:
+    source, text = (path.read_text(encoding="utf-8") for path in (page.with_suffix(".md"), page))
+    headings = re.findall(r"^## (.+)$", source, re.MULTILINE)
+    assert headings == re.findall(r"<h2 id=[^>]+>([^<]+)</h2>", text.partition('<details class="file">')[0])
+    assert headings == re.findall(r'<a href="#[^"]+">([^<]+)</a>', text.partition("<nav>")[2].partition("</nav>")[0])
+    assert len(re.findall(r"^\|:?-", source, re.MULTILINE)) == text.count("<table>")
+    replies = page.with_name("examples.md").read_text(encoding="utf-8")
+    assert text.partition('<details class="file">')[2].count("<h2") == replies.count("\n## ")
+
+
+def test_report_is_made_where_nothing_passes_no_call_was_made_and_little_was_measured(tmp_path: Path) -> None:
+    reports = tmp_path / "reports"
+    shutil.copytree(ROOT / "reports", reports)
+    (reports / "peers.json").unlink()
+    nothing: dict[str, Any] = {"n": 0, "expected_calibration_error": None, "reliability": [], "risk_coverage": []}
+    for name in LADDER:
+        scored, bench = reports / f"evaluate/{name}.json", reports / f"benchmark/{name}.json"
+        files.write_json(scored, files.read_json(scored) | {"calibration": nothing})
+        files.write_json(bench, files.read_json(bench) | {"ablation": []})
+    run(reports, settings(min_exact_fraction=1))
+    text = (reports / "report.md").read_text(encoding="utf-8")
+    assert "**None passes.**" in text
+    assert "fused-fp32 makes too few calls to judge its confidence" in text
+    assert "each technique brings\n" not in text
+    assert not {"peers.png", "techniques.png"} & {path.name for path in (reports / "plots").iterdir()}
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt install chromium")

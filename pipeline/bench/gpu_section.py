@@ -47,7 +47,13 @@ def markdown(found: dict[str, Any], cost: dict[str, Any], on_cpu: str) -> list[s
             raise ValueError(
                 f"reports/cost.json has no price on a GPU for {', '.join(unpriced)}; dvc repro -f -s cost makes them"
             )
-        parts += ["## On a GPU", _table(ladder(found, cost)), _how(found), _break_even(found, cost, on_cpu)]
+        columns = ladder(found, cost).set_index("variant").T  # of so many figures, rows fit a page
+        parts += [
+            "## On a GPU",
+            str(columns.to_markdown(disable_numparse=True)),
+            _how(found),
+            _break_even(found, cost, on_cpu),
+        ]
     if found["speed"]:
         parts += ["## Other sizes on a GPU: speed only, random weights"]
         for shape in found["speed"]:

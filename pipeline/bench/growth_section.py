@@ -4,15 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 
 from pipeline import files
+from pipeline.bench.picture import canvas, line
 
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-
-COLOURS = {"fused-fp32": "tab:gray", "int8": "tab:blue", "int4": "tab:orange"}
 Row = dict[str, Any]
 
 
@@ -51,13 +47,13 @@ def prompt(part: dict[str, Any]) -> str:
             )
     prefix = next(iter(part["variants"].values()))["prefix_tokens"]
     return _paragraphs(
+        "prompt",
         part,
         f"A request of so many tokens behind the kept prefix of {prefix}; a fixed number of new tokens, one a step, "
         "without grammar. Each row is a process of its own. The limit in time: the prompt's multiplications and "
         "additions (attention's too, causal) at the rate of a large product, then for each new token the weights and "
         "the KV cache at the memory's bandwidth. In memory: weights and KV cache.",
         rows,
-        "growth-prompt.png",
     )
 
 
@@ -85,13 +81,13 @@ def clients(part: dict[str, Any]) -> str:
     )
     together = next(iter(part["variants"].values()))["together"]
     return _paragraphs(
+        "clients",
         part,
         f"Test requests with all techniques, up to {together} answered together. The limit is the lower of two: of "
         "bandwidth, where a step reads the weights once for all that are answered together, and of arithmetic, which "
         f"nobody shares; both for what a call was counted to ask of the model ({counted}). The dotted line beside p95 "
         "is the mean time of a call at that limit: clients over calls/s.",
         rows,
-        "growth-clients.png",
     )
 
 
@@ -112,12 +108,12 @@ def sizes(part: dict[str, Any]) -> str:
                 }
             )
     return _paragraphs(
+        "sizes",
         part,
         "The default model's settings at the shapes of larger models, with random weights: they say how fast, and "
         "nothing else. Calls of fixed lengths, without grammar; the limit is that of a longer prompt, above all the "
         "bytes of the weights, read once a new token, over the memory's bandwidth.",
         rows,
-        "growth-sizes.png",
     )
 
 
@@ -135,7 +131,7 @@ TITLES = {
 PARAGRAPHS: dict[str, Callable[[dict[str, Any]], str]] = {"prompt": prompt, "clients": clients, "sizes": sizes}
 
 
-def _paragraphs(part: dict[str, Any], text: str, rows: Sequence[Row], picture: str) -> str:
+def _paragraphs(name: str, part: dict[str, Any], text: str, rows: Sequence[Row]) -> str:
     machine, where = part["machine"], part["provenance"]["machine"]
     measured = (
         f"{where['cpu']}, {where['cores']} cores: {machine['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s, "
@@ -143,7 +139,8 @@ def _paragraphs(part: dict[str, Any], text: str, rows: Sequence[Row], picture: s
         "operations a second in float32 and in 8-bit integers."
     )
     table = str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
-    return "\n\n".join([text, measured, table, f"![{picture.removesuffix('.png')}]({picture})"])
+    folded = ["<details><summary>The figures</summary>", table, "</details>"]
+    return "\n\n".join([f"![{TITLES[name]}: measured, and its limit](growth-{name}.png)", text, measured, *folded])
 
 
 def plots(found: dict[str, Any], reports: Path) -> None:
@@ -151,12 +148,10 @@ def plots(found: dict[str, Any], reports: Path) -> None:
     for name, draw in (("prompt", _plot_prompt), ("clients", _plot_clients), ("sizes", _plot_sizes)):
         if name not in found:
             continue
-        figure, axes = plt.subplots(1, 1 if name == "sizes" else 2, figsize=(4.8 if name == "sizes" else 9.6, 3.6))
-        draw(found[name]["variants"], axes)
-        figure.suptitle(f"{TITLES[name]}; dotted: the limit", fontsize=9)
-        figure.tight_layout()
-        figure.savefig(reports / f"growth-{name}.png", dpi=120)
-        plt.close(figure)
+        with canvas(
+            reports / f"growth-{name}.png", f"{TITLES[name]} (dotted: the limit)", 2.9 if name == "sizes" else 5
+        ) as figure:
+            draw(found[name]["variants"], figure.subplots(1 if name == "sizes" else 2, 1))
 
 
 def _plot_prompt(variants: dict[str, Any], axes: Any) -> None:
@@ -198,8 +193,9 @@ def _plot_sizes(variants: dict[str, Any], axes: Any) -> None:
 
 
 def _curve(axes: Any, name: str, x: Sequence[float], measured: Sequence[float], limit: Sequence[float]) -> None:
-    axes.plot(x, measured, color=COLOURS[name], marker="o", label=name)
-    axes.plot(x, limit, color=COLOURS[name], linestyle=":")
+    style = line(name, "")
+    axes.plot(x, measured, label=name, **style)
+    axes.plot(x, limit, color=style["color"], linestyle=":")
 
 
 def _ticks(axes: Any, values: Sequence[float]) -> None:

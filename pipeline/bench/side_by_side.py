@@ -4,14 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator, NullLocator
+from pipeline import files
+from pipeline.bench.picture import COLOURS, PALE, bars, canvas
 
-SIDES = {"ours": "tab:orange", "peers": "tab:blue"}
+SIDES = ("ours", "peers")
 FIGURES: dict[
     str, tuple[Callable[[dict[str, Any]], float | None], bool]
 ] = {  # of a row: how it reads, and whether more is better
@@ -24,6 +22,13 @@ FIGURES: dict[
     "peak MB": (lambda found: found["peak_rss_bytes"] and found["peak_rss_bytes"] / 1e6, False),
     "load s": (lambda found: found["load_s"], False),
 }
+
+
+def read(reports: Path) -> dict[str, Any] | None:
+    """What `make peers` wrote, if it ran."""
+    path = reports / "peers.json"
+    found: dict[str, Any] | None = files.read_json(path) if path.exists() else None
+    return found
 
 
 def table(report: dict[str, Any]) -> pd.DataFrame:
@@ -83,7 +88,7 @@ def markdown(report: dict[str, Any]) -> str:
             "Of the runtimes without batches, calls/s at 20 clients are those of one. "
             "Prefill and decode: 256 random tokens, then 64 more, a token a step.",
             table(report).to_markdown(index=False, disable_numparse=True),
-            "![Exact calls against p50](peers.png)",
+            "![p50 of a call and exact calls](peers.png)",
             "## The best of ours and the best of the peers",
             "\n".join(best(report)) or "No peer was measured.",
             "## The fastest peer that is at least as right",
@@ -104,28 +109,26 @@ def markdown(report: dict[str, Any]) -> str:
     )
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Exact calls against p50; the area of a dot is the bytes of the model."""
-    figure, axes = plt.subplots(figsize=(8, 5))
-    dots = [
-        (found["exact_call_fraction"], 1e3 * found["call_s"]["p50"], name, found["model_bytes"] / 1e6, colour)
-        for side, colour in SIDES.items()
-        for name, found in report[side].items()
-    ]
-    for at, (exact, p50_ms, name, area, colour) in enumerate(sorted(dots)):
-        axes.scatter(p50_ms, exact, s=area, c=colour, alpha=0.6)
-        # Neighbours are often equally right: their names stand at four heights.
-        beside = (4, (5, -12, 15, -22)[at % 4])
-        axes.annotate(name, (p50_ms, exact), fontsize=7, xytext=beside, textcoords="offset points")
-    axes.set(xlabel="p50 of a call (ms)", ylabel="exact calls (fraction)", xscale="log")
-    axes.margins(x=0.2, y=0.15)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set_title("orange: ours, blue: peers; area: bytes on disk", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def plot(report: dict[str, Any], path: Path) -> str:
+    """p50 and exact calls of all, the fastest first; ours in their colours. Returns the text alternative."""
+    both = {**report["ours"], **report["peers"]}
+    names = sorted(both, key=lambda name: float(both[name]["call_s"]["p50"]))
+    ms = {name: 1e3 * both[name]["call_s"]["p50"] for name in names}
+    texts = {name: f"{_short(ms[name])} ms, {both[name]['exact_call_fraction']:.0%} exact" for name in names}
+    firsts = [next((name for name in names if name in report[side]), None) for side in SIDES]
+
+    ours, peer = firsts
+    title = f"{ours} answers in {_short(ms[ours])} ms" if ours else "Other runtimes"
+    if peer:
+        title += f", the fastest other runtime, {peer}, in {_short(ms[peer])}"
+    with canvas(path, title, 0.7 + 0.25 * len(names)) as figure:
+        axes = figure.subplots()
+        colours = [COLOURS.get(name, PALE) if name in report["ours"] else PALE for name in names]
+        bars(axes, names, list(ms.values()), list(texts.values()), colours, room=1.8)
+        for label in axes.get_yticklabels():
+            label.set_fontweight("bold" if label.get_text() in report["ours"] else "normal")
+    words = "; ".join(f"{name} {text}" for name, text in texts.items())
+    return f"{title}. p50 of a call and exact calls: {words}."
 
 
 def _short(value: float | None) -> str:

@@ -8,6 +8,10 @@ import pandas as pd
 
 from pipeline import files
 
+LADDER = ("torch-fp32", "onnx-fp32", "fused-fp32", "int8", "int4")
+SCORED = ("keyword", "base", *LADDER)
+BASE, BASELINE, REFERENCE = "base", "torch-fp32", "fused-fp32"
+
 
 def ladder(found: dict[str, Any], faults: dict[str, str | None], baseline: str) -> pd.DataFrame:
     rows = []
@@ -32,6 +36,29 @@ def ladder(found: dict[str, Any], faults: dict[str, str | None], baseline: str) 
             }
         )
     return pd.DataFrame(rows)
+
+
+def figures(found: dict[str, Any], best: str) -> list[str]:
+    """What decides, in four figures."""
+    scored, bench = found["evaluate"][best], found["benchmark"][best]
+    full, baseline = found["evaluate"][REFERENCE], found["benchmark"][BASELINE]
+    cost, hosted = found["cost"]["variants"][best], found["cost"]["hosted"]
+    low, high = scored["exact_call_ci95"]
+    points, p = 100 * (scored["exact_call_fraction"] - full["exact_call_fraction"]), scored.get("mcnemar_p_vs_fp32")
+    against = "itself full precision" if best == REFERENCE else f"{points:+.1f} points against full precision"
+    megabytes, full_megabytes = (made["model_bytes"] / 1e6 for made in (bench, found["benchmark"][REFERENCE]))
+    p50_ms, slow_ms = (1e3 * made["call_s"]["p50"] for made in (bench, baseline))
+    usd, hosted_usd = cost["usd_per_thousand_calls"], hosted["usd_per_thousand_calls"]
+    return [
+        f"**{scored['exact_call_fraction']:.1%}** of the calls exact ({low:.1%} to {high:.1%}), {against}"
+        + (f" ({REFERENCE}; p = {p:.2f})" if p is not None else ""),
+        f"**{p50_ms:.0f} ms** a call (p50), {slow_ms / p50_ms:.1f} times faster than {BASELINE} "
+        f"({slow_ms:.0f} ms); p95 {1e3 * bench['call_s']['p95']:.0f} ms",
+        f"**{megabytes:.0f} MB** on disk, {1 - megabytes / full_megabytes:.0%} less than full precision "
+        f"({full_megabytes:.0f} MB); {bench['peak_rss_bytes'] / 1e6:.0f} MB of memory",
+        f"**{usd:.3f} USD** per 1,000 calls, {cost['usd_per_million_tokens']:.2f} per million tokens; "
+        f"{hosted['model']}: {hosted_usd:.2f} per 1,000 calls, {hosted['assumed_exact_fraction']:.0%} exact (assumed)",
+    ]
 
 
 def beside(found: dict[str, Any]) -> pd.DataFrame:
@@ -87,6 +114,83 @@ def ablation(found: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(
         {name: {row["techniques"]: cell(row, rows[0]["call_p50_s"]) for row in rows} for name, rows in columns.items()}
     )
+
+
+def speed(found: dict[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "variant": name,
+            **{f"{rank} ms": f"{1e3 * made['call_s'][rank]:.0f}" for rank in ("p50", "p95", "p99", "mean")},
+            "calls timed": f"{made['calls']}",
+            "first token, p50 ms": f"{1e3 * made['first_token_s']['p50']:.0f}",
+            "prompt tokens/s": f"{made['prefill_tokens_per_s']:.0f}",
+            "reply tokens/s": f"{made['decode_tokens_per_s']:.0f}",
+            "load s": f"{made['load_s']:.2f}",
+        }
+        for name, made in found["benchmark"].items()
+    )
+
+
+def clients(found: dict[str, Any]) -> pd.DataFrame:
+    """Calls a second and p95 by how many clients ask at the same time."""
+    return pd.DataFrame(
+        {
+            "variant": name,
+            **{
+                f"{level['concurrency']} clients": f"{level['calls_per_s']:.2f}/s, p95 {level['p95_s']:.2f} s"
+                for level in made["by_concurrency"]
+            },
+        }
+        for name, made in found["benchmark"].items()
+    )
+
+
+def size(found: dict[str, Any]) -> pd.DataFrame:
+    full = found["benchmark"][REFERENCE]["model_bytes"]
+    return pd.DataFrame(
+        {
+            "variant": name,
+            "MB on disk": f"{made['model_bytes'] / 1e6:.0f}",
+            f"of {REFERENCE}": f"{made['model_bytes'] / full:.0%}",
+            "peak MB": f"{made['peak_rss_bytes'] / 1e6:.0f}",
+        }
+        for name, made in found["benchmark"].items()
+    )
+
+
+def tokens_per_day(cost: dict[str, Any]) -> float:
+    """What the projections in reports/cost.json are for."""
+    priced = cost["variants"][BASELINE]
+    return round(1e6 * float(priced["usd_per_day"]) / float(priced["usd_per_million_tokens"]))
+
+
+def utilisation(cost: dict[str, Any]) -> float:
+    """The share of the time that a machine is busy in reports/cost.json's prices."""
+    priced = cost["variants"][BASELINE]
+    busy_usd_per_day = float(priced["most_calls_per_day"]) * float(priced["usd_per_thousand_calls"]) / 1000
+    return 24 * float(cost["machine"]["usd_per_hour"]) / busy_usd_per_day
+
+
+def projection(cost: dict[str, Any]) -> pd.DataFrame:
+    def row(name: str, priced: dict[str, Any]) -> dict[str, str]:
+        correct = priced["usd_per_thousand_correct_calls"]
+        return {
+            "variant": name,
+            "per 1,000 calls": f"{priced['usd_per_thousand_calls']:.4f}",
+            "per 1,000 exact calls": "" if correct is None else f"{correct:.4f}",
+            "per million tokens": f"{priced['usd_per_million_tokens']:.3f}",
+            **{f"a {unit}": f"{priced[f'usd_per_{unit}']:,.0f}" for unit in ("day", "month", "year")},
+            "saved": f"{priced['savings_fraction']:.0%}",
+        }
+
+    return pd.DataFrame([row(name, cost["variants"][name]) for name in LADDER])
+
+
+def hosted_is_reached(cost: dict[str, Any], variant: str) -> dict[str, Any] | None:
+    """The fewest calls sent on with which `variant` is as often exact as the hosted model is taken to be."""
+    steps: list[dict[str, Any]] = list(cost["variants"][variant]["cascade"].values())
+    enough = [step for step in steps if step["exact_call_fraction"] >= cost["hosted"]["assumed_exact_fraction"]]
+    return min(enough, key=lambda step: float(step["sent_fraction"]), default=None)
 
 
 def cascade(cost: dict[str, Any], variant: str) -> pd.DataFrame:
