@@ -22,6 +22,7 @@ from pipeline.runtime.manifest import write_manifest
 
 log = logging.getLogger(__name__)
 
+LICENSE = Path(__file__).parents[1] / "LICENSE"  # Apache-2.0, as that of the default base
 FOLDERS = {"fused-fp32": "fused", "int8": "int8", "int4": "int4"}
 
 
@@ -53,6 +54,7 @@ def run(paths: config.Paths, settings: str, cfg: ReleaseConfig) -> Path:
         if cfg.gguf:
             export_gguf(paths.models / "tuned", folder / f"model.{cfg.gguf}.gguf", cfg.gguf)
         shutil.copy(paths.tools, folder / "tools.json")
+        shutil.copy(LICENSE, folder / "LICENSE")
         files.write_text(folder / "params.yaml", settings)
         files.write_text(folder / "README.md", card(variant, paths))
         write_manifest(folder)
@@ -73,7 +75,8 @@ def card(variant: str, paths: config.Paths) -> str:
 Makes the calls of {len(tools)} tools: {", ".join(tools)}.
 
 - Base model: `{base["base"]}` (sha256 `{base["sha256"]}`), under its own licence; SmolLM2, the default, is Apache-2.0.
-- Tuned on {train["train_requests"]} requests made from phrasings; products in {train["precision"]}.
+- Tuned on {train["train_requests"]} requests in English: phrasings written for the purpose, filled with file names,
+  identifiers and lines of source code; no conversations of users. Products in {train["precision"]}.
 - Scored on {scored["n"]} others: {scored["exact_call_fraction"]:.1%} exact calls (95%: {low:.1%} to {high:.1%}),
   right tool {scored["right_tool_fraction"]:.1%}, calls where it must {_percent(scored["must_call_fraction"])},
   abstains where it must {_percent(scored["abstain_fraction"])}.

@@ -12,7 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
-from pipeline.bench import against, gpu_section, growth_section, page, plot, sections, side_by_side, tables
+from pipeline.bench import against, gpu_section, growth_section, page, pareto, plot, sections, side_by_side, tables
 from pipeline.bench.tables import BASELINE, LADDER, REFERENCE, SCORED
 from pipeline.provenance import provenance
 
@@ -42,6 +42,8 @@ class Params:
 
 
 def run(reports: Path, cfg: ReportConfig) -> None:
+    """Raises FileNotFoundError naming all reports that are missing, ValueError where they are of different runs."""
+    require_all(reports)
     found = {
         "evaluate": {name: files.read_json(reports / "evaluate" / f"{name}.json") for name in SCORED},
         "benchmark": {name: files.read_json(reports / "benchmark" / f"{name}.json") for name in LADDER},
@@ -51,6 +53,7 @@ def run(reports: Path, cfg: ReportConfig) -> None:
         "cuda": gpu_section.read(reports),
         "growth": growth_section.read(reports),
         "peers": side_by_side.read(reports),
+        "sweeps": pareto.read(reports),
     }
     require_one_run(found)
     faults = {name: fault(found["evaluate"][name], found["evaluate"][REFERENCE], cfg) for name in LADDER}
@@ -76,6 +79,13 @@ def run(reports: Path, cfg: ReportConfig) -> None:
     passed = {name: {"passed": why is None, "why_not": why} for name, why in faults.items()}
     files.write_json(reports / "report.json", {"recommended": best, "variants": passed, "provenance": provenance(cfg)})
     log.info("recommended: %s; report in %s", best, reports / "report.md")
+
+
+def require_all(reports: Path) -> None:
+    names = [f"evaluate/{name}" for name in SCORED] + [f"benchmark/{name}" for name in LADDER]
+    wanted = [f"{name}.json" for name in [*names, "cost", "export", "train"]]
+    if missing := [name for name in wanted if not (reports / name).exists()]:
+        raise FileNotFoundError(f"{reports} lacks {', '.join(missing)}: dvc repro makes them")
 
 
 def require_one_run(found: dict[str, Any]) -> None:

@@ -3,10 +3,11 @@
     python -m pipeline.sweep -m sweep.name=blocks variant=int4 quantize.int4.block_size=16,32,64
 
 Hydra's sweeper makes the trials of what is given on the command line, and its launcher runs them, here or on other
-machines that share this folder. Reads models/fused; writes reports/sweeps/NAME/: a folder for each trial, trials.csv
-and pareto.png. Calls are scored on the validation requests written by hand: a setting chosen on the test would
-flatter itself.
-A trial that was done with equal settings and inputs is not done again; one that fails does not stop the others.
+machines that share this folder. Reads models/fused and models/tuned; writes reports/sweeps/NAME/: a folder for each
+trial, trials.csv, pareto.png and verdict.txt. Calls are scored on the validation requests written by hand: a setting
+chosen on the test would flatter itself.
+A trial that was done with equal settings and inputs, in this sweep or another, is not done again; one that fails does
+not stop the others.
 """
 
 import fcntl
@@ -35,6 +36,9 @@ from pipeline.bench import pareto
 log = logging.getLogger(__name__)
 
 STAGES = ("quantize", "evaluate", "benchmark")
+READ = ("fused", "tuned")  # models
+# of a trial's benchmark only the calls of one client are compared
+QUICK = ["benchmark.concurrency=[1]", "benchmark.ablation_requests=1"]
 MACHINE = Path(tempfile.gettempdir()) / f"tool-caller-sweep-{os.getuid()}.lock"
 
 
@@ -66,26 +70,32 @@ def run(params: Params, settings: dict[str, Any], overrides: list[str]) -> dict[
     folder = sweep / trial_id(params, settings)
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder / ".lock") as lock:
-        done = folder / "trial.json"
-        row: dict[str, Any]
-        if done.exists() and (row := files.read_json(done))["error"] is None:
-            log.info("%s was done before", folder)
+        row = done_before(sweep.parent, folder.name)
+        if row:
+            log.info("%s was done before", folder.name)
         else:
             row = {"trial": folder.name, "overrides": " ".join(overrides), **trial(params, folder, overrides, lock)}
-            files.write_json(done, row)
+        files.write_json(folder / "trial.json", row)
     with held(sweep / ".lock"):
         summarize(sweep, params.sweep.max_loss_fraction)
     return row
 
 
+def done_before(sweeps: Path, trial: str) -> dict[str, Any] | None:
+    """The row of a trial that succeeded, in whichever sweep."""
+    rows = (dict(files.read_json(path)) for path in sorted(sweeps.glob(f"*/{trial}/trial.json")))
+    return next((row for row in rows if row["error"] is None), None)
+
+
 def trial_id(params: Params, settings: dict[str, Any]) -> str:
-    """Of the settings, the graph that is quantized and the requests, so that equal trials have equal ids."""
+    """Of the settings, the models that are read and the requests, so that equal trials have equal ids."""
+    paths = params.paths
+    models = [path for name in READ for path in sorted((paths.models / name).glob("model.*"))]
+    requests = [paths.prepared / f"{name}.jsonl" for name in ("train", "validation-hand", "test")]
     inputs = {
         "variant": params.variant,
         "settings": settings,
-        "fused": [files.sha256(path) for path in sorted((params.paths.models / "fused").glob("model.onnx*"))],
-        "requests": files.sha256(params.sweep.requests),
-        "calibration": files.sha256(params.paths.prepared / "train.jsonl"),
+        "files": [files.sha256(path) for path in [*models, paths.tools, params.sweep.requests, *requests]],
     }
     text = json.dumps(inputs, sort_keys=True, default=str)
     return f"{params.variant}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -110,11 +120,11 @@ def trial(params: Params, folder: Path, overrides: list[str], lock: int) -> dict
     """
     models = folder / "models"
     models.mkdir(exist_ok=True)
-    fused = models / "fused"
-    if not fused.is_symlink():
-        fused.symlink_to((params.paths.models / "fused").resolve(), target_is_directory=True)
+    for name in READ:
+        if not (models / name).is_symlink():
+            (models / name).symlink_to((params.paths.models / name).resolve(), target_is_directory=True)
     own = [f"variant={params.variant}", f"paths.models={models}", f"paths.reports={folder}"]
-    given = [override for override in overrides if not override.startswith(("sweep.", "paths.", "variant="))]
+    given = [*QUICK, *(override for override in overrides if not override.startswith(("sweep.", "variant=")))]
     environment = os.environ | {"HYDRA_FULL_ERROR": "1"}  # the last line then is the error itself
     took_s = 0.0
     for stage in STAGES:
@@ -145,7 +155,7 @@ def trial(params: Params, folder: Path, overrides: list[str], lock: int) -> dict
 
 
 def summarize(sweep: Path, max_loss_fraction: float) -> None:
-    """trials.csv, and pareto.png where a trial succeeded."""
+    """trials.csv, and where a trial succeeded pareto.png and verdict.txt."""
     rows = [files.read_json(path) for path in sorted(sweep.glob("*/trial.json"))]
     if not rows:
         return
@@ -153,6 +163,9 @@ def summarize(sweep: Path, max_loss_fraction: float) -> None:
     files.write_text(sweep / "trials.csv", table.to_csv(index=False))
     if table["error"].isna().any():
         pareto.plot(table, sweep / "pareto.png")
+        verdict = pareto.verdict(table, max_loss_fraction)
+        files.write_text(sweep / "verdict.txt", f"{verdict}\n")
+        log.info("%s", verdict)
 
 
 def objectives(raw: DictConfig) -> tuple[float, float, float] | None:

@@ -280,7 +280,7 @@ def make_trainer(
         report_to=[],
         dataloader_pin_memory=False,
     )
-
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are accelerate's: DataParallel would cut a step up
     trainer = PrefixTrainer(
         model=model,
         args=arguments,

@@ -1,9 +1,10 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.bench.tables import LADDER, ablation
-from pipeline.report import ReportConfig, fault, recommend, require_one_run
+from pipeline.report import ReportConfig, fault, recommend, require_one_run, run
 
 CFG = ReportConfig(max_loss_fraction=0.02, significance=0.05, min_exact_fraction=0.5, gate=False, against=None)
 FP32 = {"exact_call_fraction": 0.80}
@@ -22,6 +23,14 @@ FP32 = {"exact_call_fraction": 0.80}
 )
 def test_fault_names_what_keeps_a_variant_back(exact: float, p: float | None, why: str | None) -> None:
     assert fault({"exact_call_fraction": exact, "mcnemar_p_vs_fp32": p}, FP32, CFG) == why
+
+
+def test_report_before_its_inputs_names_them_all(tmp_path: Path) -> None:
+    (tmp_path / "cost.json").write_text("{}")
+    with pytest.raises(
+        FileNotFoundError, match=r"lacks evaluate/keyword.json, .*benchmark/int4.json, export.json, train.json: dvc"
+    ):
+        run(tmp_path, CFG)
 
 
 def test_the_fastest_without_a_fault_is_recommended() -> None:

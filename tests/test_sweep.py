@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def project(tmp_path: Path, tiny_fused: Path) -> Path:
+def project(tmp_path: Path, tiny_base: Path, tiny_fused: Path) -> Path:
     shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "data").mkdir()
     shutil.copy(ROOT / "data/tools.json", tmp_path / "data/tools.json")
@@ -28,6 +28,7 @@ def project(tmp_path: Path, tiny_fused: Path) -> Path:
         tools = files.read_json(ROOT / "data/tools.json")
         files.write_jsonl(tmp_path / f"data/prepared/{name}.jsonl", [{**row, "tools": tools} for row in rows])
     shutil.copytree(tiny_fused, tmp_path / "models/fused")
+    shutil.copytree(tiny_base, tmp_path / "models/tuned")
     params = OmegaConf.merge(OmegaConf.load(ROOT / "params.yaml"), OmegaConf.load(ROOT / "tests/smoke.yaml"))
     OmegaConf.save(params, tmp_path / "params.yaml")
     return tmp_path
@@ -41,14 +42,14 @@ def start(project: Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(project: Path, running: subprocess.Popen[str]) -> pd.DataFrame:
+def finish(project: Path, running: subprocess.Popen[str], name: str = "s") -> pd.DataFrame:
     output, _ = running.communicate()
     assert running.returncode == 0, output[-4000:]
-    return pd.read_csv(project / "reports/sweeps/s/trials.csv")
+    return pd.read_csv(project / f"reports/sweeps/{name}/trials.csv")
 
 
-def sweep(project: Path, *overrides: str) -> pd.DataFrame:
-    return finish(project, start(project, *overrides))
+def sweep(project: Path, *overrides: str, name: str = "s") -> pd.DataFrame:
+    return finish(project, start(project, *overrides), name)
 
 
 def finished(project: Path) -> dict[Path, int]:
@@ -88,6 +89,25 @@ def test_trials_fail_alone_and_are_not_done_twice(project: Path) -> None:
     kept = [path for path, stamp in stamps.items() if path.stat().st_mtime_ns == stamp]
     assert len(kept) == 2
     assert not (project / "multirun").exists()
+    verdict = (project / "reports/sweeps/s/verdict.txt").read_text()
+    assert verdict.startswith("Recommended: block_size=")
+    third = sweep(project, "sweep.name=t", "quantize.int4.algorithm=rtn,gptq", "quantize.int4.block_size=32", name="t")
+    assert third["error"].isna().all()
+    times = {path.parent.name: path.stat().st_mtime_ns for path in project.glob("reports/sweeps/*/*/quantize.log")}
+    assert len(times) == 4, "the trial that the other sweep had was done again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [("quantize.int4.blocksize=32", "Key 'blocksize' is not in struct"), ("variant=int2", "variant must be one of")],
+)
+def test_what_no_trial_can_have_is_refused(project: Path, override: str, error: str) -> None:
+    running = start(project, override)
+    output, _ = running.communicate()
+    assert running.returncode != 0
+    assert error in output
+    assert not finished(project)
 
 
 @pytest.mark.slow

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
+
+from pipeline.bench.picture import canvas, colour
 
 BETTER_LOWER = ("p50_s", "model_bytes")
 
@@ -35,20 +36,62 @@ def _beats(one: pd.Series, other: pd.Series) -> bool:
     return all(found >= 0 for found in differences) and any(found > 0 for found in differences)
 
 
+def read(reports: Path) -> dict[str, tuple[pd.DataFrame, str]]:
+    """Trials and verdict of each sweep, by its name, where a trial succeeded."""
+    found = sorted(reports.glob("sweeps/*/verdict.txt"))
+    return {path.parent.name: (pd.read_csv(path.with_name("trials.csv")), path.read_text().strip()) for path in found}
+
+
+def verdict(table: pd.DataFrame, max_loss_fraction: float) -> str:
+    """Which trial to take, and by which rule. `table`: as `ranked` makes it, with a trial that succeeded."""
+    taken = table[table["recommended"]].iloc[0]
+    return (
+        f"Recommended: {_label(taken, table)}, {taken['exact_call_fraction']:.1%} exact, p50 "
+        f"{1e3 * taken['p50_s']:.0f} ms, {taken['model_bytes'] / 1e6:.0f} MB. Rule: the fastest of those that have at "
+        f"most {100 * max_loss_fraction:g} points fewer exact calls than the most exact trial "
+        f"({table['exact_call_fraction'].max():.1%})."
+    )
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """For people, the most exact first, the failed last."""
+    rows = []
+    for _, row in table.iterrows():
+        made = pd.isna(row["error"])
+        rows.append(
+            {
+                "trial": _label(row, table),
+                "exact calls": f"{row['exact_call_fraction']:.1%}" if made else str(row["error"])[:80],
+                "p50 ms": f"{1e3 * row['p50_s']:.0f}" if made else "",
+                "MB": f"{row['model_bytes'] / 1e6:.0f}" if made else "",
+                "KL": f"{row['kl_divergence']:.4f}" if made else "",
+                "on the front": "yes" if row["on_front"] else "",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def plot(table: pd.DataFrame, path: Path) -> None:
     """Exact calls against p50; the area of a dot is the bytes of the model."""
     good = table[table["error"].isna()]
-    figure = Figure(figsize=(8, 5))
-    axes = figure.subplots()
-    megabytes = good["model_bytes"] / 1e6
-    colours = ["tab:orange" if on_front else "tab:gray" for on_front in good["on_front"]]
-    axes.scatter(1e3 * good["p50_s"], good["exact_call_fraction"], s=2 * megabytes, c=colours, alpha=0.7)
-    for _, row in good.iterrows():
-        if row["on_front"]:
-            mark = " (recommended)" if row["recommended"] else ""
-            place = (1e3 * row["p50_s"], row["exact_call_fraction"])
-            axes.annotate(f"{row['overrides']}{mark}", place, fontsize=7, xytext=(4, 4), textcoords="offset points")
-    axes.set(xlabel="p50 of a call (ms)", ylabel="exact calls (fraction), validation requests written by hand")
-    axes.set_title("Trials; orange: on the front; area: bytes on disk", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    taken = good[good["recommended"]].iloc[0]
+    title = f"{_label(taken, table)}: {taken['exact_call_fraction']:.1%} exact in {1e3 * taken['p50_s']:.0f} ms"
+    with canvas(path, title, 3.6) as figure:
+        axes = figure.subplots()
+        colours = [colour("int8" if on_front else "") for on_front in good["on_front"]]
+        megabytes = good["model_bytes"] / 1e6
+        axes.scatter(1e3 * good["p50_s"], 100 * good["exact_call_fraction"], s=megabytes, c=colours, alpha=0.7)
+        for _, row in good[good["on_front"]].iterrows():
+            place = (1e3 * row["p50_s"], 100 * row["exact_call_fraction"])
+            weight = "bold" if row["recommended"] else "normal"
+            axes.annotate(_label(row, table), place, (6, 3), textcoords="offset points", fontsize=7, weight=weight)
+        axes.margins(0.25)
+        axes.set(xlabel="p50 of a call, ms; red: on the front; area: bytes on disk", ylabel="exact calls, %")
+
+
+def _label(row: pd.Series, table: pd.DataFrame) -> str:
+    """The overrides in which trials differ, without their sections."""
+    given = [str(overrides).split() for overrides in table["overrides"]]
+    common = set.intersection(*map(set, given)) if len(given) > 1 else set()
+    own = [found for found in str(row["overrides"]).split() if found not in common]
+    return ", ".join(found.rpartition(".")[2] for found in own) or "the only trial"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.bench import gpu_section, growth_section, side_by_side, tables
+from pipeline.bench import gpu_section, growth_section, pareto, side_by_side, tables
 from pipeline.bench.tables import BASE, BASELINE, REFERENCE
 
 Found = dict[str, Any]
@@ -22,6 +22,7 @@ def everything(found: Found, faults: dict[str, str | None], chosen: str, picture
         *accuracy(found, chosen, pictures),
         *speed(found, pictures),
         *growth_section.markdown(found["growth"]),
+        *sweeps(found["sweeps"]),
         *size(found, pictures),
         *cost(found["cost"], chosen, pictures),
         *gpu(found, chosen, pictures),
@@ -128,6 +129,19 @@ def cost(found: Found, chosen: str, pictures: Pictures) -> list[str]:
         table(tables.cascade(found, chosen)),
         *_cascade_terms(found, chosen),
     ]
+
+
+def sweeps(found: dict[str, tuple[pd.DataFrame, str]]) -> list[str]:
+    """Of each sweep, by name: its trials, and which of them is recommended and why."""
+    parts = ["## Quantization settings compared"] if found else []
+    for name, (trials, verdict) in found.items():
+        parts += [
+            f"### Sweep {name}",
+            f"![Trials of the sweep {name}: exact calls against p50](sweeps/{name}/pareto.png)",
+            f"{verdict} Scored on the validation requests written by hand.",
+            *folded(f"All {len(trials)} trials", table(pareto.shown(trials))),
+        ]
+    return parts
 
 
 def gpu(found: Found, chosen: str, pictures: Pictures) -> list[str]:

@@ -9,7 +9,7 @@ plain batch.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -157,7 +157,7 @@ def attention(
     return torch.cat(found, 1).transpose(0, 1)[None], None
 
 
-@cache
+@lru_cache(256)  # more than a step has; each layer asks for them again
 def _mask(n: int, keys: int, repeat: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """(repeat * n, keys): the last n of the keys are causal."""
     mask = torch.full((n, keys), float("-inf"), dtype=dtype, device=device).triu(keys - n + 1)

@@ -25,6 +25,7 @@ def open_session(
         raise RuntimeError(f"benchmark.device is {device}, but ONNX Runtime offers only {found}")
     if device == "cuda":
         onnxruntime.preload_dlls()  # CUDA's libraries, from where pip put them for PyTorch
+        options = {"arena_extend_strategy": "kSameAsRequested", **(options or {})}  # or memory grows in powers of two
     providers = [(PROVIDERS[device], options or {})]
     session = onnxruntime.InferenceSession(str(path), session_options(threads), providers=providers)
     if PROVIDERS[device] not in session.get_providers():
