@@ -105,7 +105,8 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
         together,
     )
     engine.wait_until_loaded()
-    many_clients(engine, requests[:together], together, cfg)  # what the first calls of a new runtime pay for
+    first = min(together, max(cfg.concurrency))
+    many_clients(engine, requests[:first], first, cfg)  # what the first calls of a new runtime pay for
     by_concurrency = []
     for clients in cfg.concurrency:
         with watched(gpu) as busy:
