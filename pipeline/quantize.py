@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import numpy as np
+from numpy.typing import NDArray
 from omegaconf import DictConfig
 
 from pipeline import config, files
@@ -39,7 +41,7 @@ class VariantConfig:
     smoothing: float  # share of the activations' unevenness that goes into the weights, where dynamic
     float_inputs: int  # how many matrix products, those with the most uneven inputs, stay weight-only
     eight_bit_products: int  # how many matrix products, those that lose most by 4 bits, keep 8, where gptq
-    tuning_steps: int  # in which scales and codes learn to say what the tuned model says, where gptq; 0: none
+    tuning_steps: int  # in which the scales learn to say what the tuned model says, where gptq; 0: none
 
     def __post_init__(self) -> None:
         config.require_one_of("quantize.VARIANT.bits", self.bits, [4, 8])
@@ -109,7 +111,7 @@ def run(paths: config.Paths, report: Path, variant: str, cfg: QuantizeConfig) ->
     start = time.perf_counter()
     with files.whole_folder(out) as folder:
         texts = calibration_texts(fused, prepared / "train.jsonl", cfg.calibration_requests)
-        tune = partial(tuned, paths, settings.tuning_steps) if settings.tuning_steps else None
+        tune = partial(tuned_scales, paths, settings.tuning_steps) if settings.tuning_steps else None
         counts = onnx_quantize.quantize(fused / "model.onnx", folder / "model.onnx", settings, texts, tune)
         onnx_export.copy_tokenizer(fused, folder)
         of_fused = files.read_json(fused / "toolcaller.json")
@@ -143,7 +145,9 @@ def calibration_texts(fused: Path, requests: Path, n: int) -> list[tuple[list[in
     return texts
 
 
-def tuned(paths: config.Paths, steps: int, rounded: Mapping[str, tuple[Rounded, int]]) -> dict[str, Rounded]:
+def tuned_scales(
+    paths: config.Paths, steps: int, rounded: Mapping[str, tuple[Rounded, int]]
+) -> dict[str, NDArray[np.float32]]:
     model, tokenizer = base.load_tuned(paths.models / "tuned")
     rows = files.read_spread(paths.prepared / "train.jsonl", steps * scale_tuning.REQUESTS)
     requests = [parse_request(value, (), where) for where, value in rows]

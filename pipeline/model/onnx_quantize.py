@@ -4,11 +4,13 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 from onnxruntime.quantization.quant_utils import QuantFormat
@@ -22,13 +24,13 @@ log = logging.getLogger(__name__)
 Rows = Sequence[tuple[list[int], int]]  # texts to calibrate on, as onnx_calibration.activations takes them
 
 
-Tune = Callable[[Mapping[str, tuple[Rounded, int]]], dict[str, Rounded]]
+Tune = Callable[[Mapping[str, tuple[Rounded, int]]], dict[str, NDArray[np.float32]]]
 
 
 def quantize(source: Path, out: Path, cfg: Any, rows: Rows, tune: Tune | None = None) -> Counter[str]:
     """Write the graph at `source` with its weights in `cfg.bits` to `out`; counts weights by bits.
 
-    `cfg` is a VariantConfig of the stage. `tune` rounds better what GPTQ rounded. Source of the
+    `cfg` is a VariantConfig of the stage. `tune` gives better scales for what GPTQ rounded. Source of the
     operators: onnxruntime, docs/ContribOperators.md, MatMulNBits, DynamicQuantizeMatMul and GatherBlockQuantized.
 
     Raises RuntimeError where nothing was quantized, or where the embedding is not the head's weight.
@@ -95,8 +97,8 @@ def _round_by_gptq(
     for node in body[: cfg.eight_bit_products]:
         log.info("%s keeps 8 bits: 4 lose %.2f%% of its products", node.name, 100 * made[node.name][0].error)
         made[node.name] = rounded(node, 8), 8
-    for name, found in (tune(made) if tune else {}).items():
-        made[name] = found, made[name][1]
+    for name, scales in (tune(made) if tune else {}).items():
+        made[name] = replace(made[name][0], scales=scales), made[name][1]
     for node in nodes:
         kind = helper.tensor_dtype_to_np_dtype(tensors[node.input[1]].data_type)
         model.graph.initializer.extend(_pack(node, *made[node.name], kind, cfg))

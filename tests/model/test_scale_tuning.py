@@ -50,11 +50,8 @@ def test_tuned_scales_say_more_of_what_the_model_says(tiny_base: Path, tiny_fuse
         files.write_json(tmp_path / name / "toolcaller.json", {"runtime": "fused"})
         found[name] = closeness(tiny_fused, tmp_path / name, requests[30:])["kl_divergence"]
     assert found["tuned"] < 0.95 * found["plain"]
-    rounded, tuned = said[0]
-    assert rounded.keys() - tuned.keys() == {scale_tuning.HEAD}
-    name = "/model/layers.0/attn/qkv_proj/MatMul"
-    changed = np.mean(tuned[name].codes != rounded[name][0].codes)
-    assert 0 < changed < 0.2
+    rounded, scales = said[0]
+    assert rounded.keys() - scales.keys() == {scale_tuning.HEAD}
     graph = onnx.load(tmp_path / "tuned" / "model.onnx").graph
     kept = next(t for t in graph.initializer if t.name == "model.layers.0.attn.qkv_proj.MatMul.weight_scales")
-    assert np.allclose(numpy_helper.to_array(kept), tuned[name].scales.T.reshape(-1))
+    assert np.allclose(numpy_helper.to_array(kept), scales["/model/layers.0/attn/qkv_proj/MatMul"].T.reshape(-1))
