@@ -70,12 +70,14 @@ def run(params: Params, settings: dict[str, Any], overrides: list[str]) -> dict[
     folder = sweep / trial_id(params, settings)
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder / ".lock") as lock:
+        done = folder / "trial.json"
         row = done_before(sweep.parent, folder.name)
         if row:
             log.info("%s was done before", folder.name)
         else:
             row = {"trial": folder.name, "overrides": " ".join(overrides), **trial(params, folder, overrides, lock)}
-        files.write_json(folder / "trial.json", row)
+        if not done.exists() or files.read_json(done) != row:
+            files.write_json(done, row)
     with held(sweep / ".lock"):
         summarize(sweep, params.sweep.max_loss_fraction)
     return row

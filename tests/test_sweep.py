@@ -25,6 +25,8 @@ def project(tmp_path: Path, tiny_base: Path, tiny_fused: Path) -> Path:
     shutil.copy(ROOT / "data/tools.json", tmp_path / "data/tools.json")
     for name, hand in (("train", "validation-hand"), ("validation-hand", "validation-hand"), ("test", "test")):
         rows = [value for _, value in files.read_jsonl(ROOT / f"data/requests/{hand}.jsonl")][::40]
+        if name == "train":  # where each has a reply
+            rows = [row for row in rows if row["expected"]]
         tools = files.read_json(ROOT / "data/tools.json")
         files.write_jsonl(tmp_path / f"data/prepared/{name}.jsonl", [{**row, "tools": tools} for row in rows])
     shutil.copytree(tiny_fused, tmp_path / "models/fused")

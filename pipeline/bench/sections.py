@@ -98,7 +98,7 @@ def speed(found: Found, pictures: Pictures) -> list[str]:
             "### Beside other runtimes",
             pictures["peers"],
             f"The same tuned model in llama.cpp, OpenVINO and others: {peers['requests']} test requests, a run of its "
-            f"own (`make peers`) at commit {peers['provenance']['commit'][:7]}, whose weights may be others than today's: "
+            f"own (`make peers`), at commit {peers['provenance']['commit'][:7]}, whose weights may not be today's: "
             "compare within this picture only. [peers.md](peers.md) has versions and builds.",
             "The fastest of them that is at least as often exact:",
             "\n".join(side_by_side.as_right(peers)),

@@ -41,7 +41,7 @@ def test_request_survives_the_way_to_json_and_back() -> None:
     assert parse_request(request.to_json(), (), "y:1") == request
 
 
-@pytest.mark.parametrize(("name", "least"), [("test", 60), ("validation-hand", 20)])
+@pytest.mark.parametrize(("name", "least"), [("test", 60), ("validation-hand", 40)])
 def test_hand_written_requests_keep_the_format(name: str, least: int) -> None:
     path = ROOT / f"data/requests/{name}.jsonl"
     requests = [parse_request(value, TOOLS, where) for where, value in files.read_jsonl(path)]
