@@ -110,7 +110,7 @@ class Server:
                 Route("/metrics", self.show_metrics),
                 Route("/openapi.json", self.openapi),
             ],
-            exception_handlers={HTTPException: self._http_error},
+            exception_handlers={HTTPException: self._http_error, Exception: self._fault},
         )
 
     async def respond(self, request: Request, api: Api) -> Response:
@@ -261,6 +261,13 @@ class Server:
                 log.error("the model failed", exc_info=error)
         self.metrics.errors.labels(str(status)).inc()
         return status, message
+
+    async def _fault(self, request: Request, error: Exception) -> Response:
+        """Ours: counted, and in the format of the client's API."""
+        del error  # Starlette logs it
+        api = OPENAI if "chat" in request.url.path else ANTHROPIC
+        self.metrics.errors.labels("500").inc()
+        return JSONResponse(api.error(500, "the server failed"), 500)
 
     async def _http_error(self, request: Request, error: Any) -> Response:
         """404 and 405."""

@@ -141,7 +141,7 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        return self.caller is not None and not self._stopping
+        return self.caller is not None and not self._stopping and self._thread.is_alive()
 
     @property
     def queue_length(self) -> int:

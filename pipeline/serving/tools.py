@@ -1,11 +1,10 @@
 """The tools a client offers, as the model knows them."""
 
-import re
 from collections.abc import Sequence
 
 from pipeline.toolcall.tool import Tool, find_tool, parse_tools
 
-REMINDER = re.compile(r"<system-reminder>.*?</system-reminder>\s*", re.DOTALL)
+REMINDER, ITS_END = "<system-reminder>", "</system-reminder>"
 
 
 def offered(tools: Sequence[Tool], own: tuple[Tool, ...], wanted: str | None) -> tuple[Tool, ...]:
@@ -40,4 +39,10 @@ def _short(tool: Tool) -> Tool:
 
 def visible(text: str) -> str:
     """Without what an agent adds to its user's words."""
-    return REMINDER.sub("", text).strip("\n")
+    kept, at = [], 0
+    while (start := text.find(REMINDER, at)) >= 0 and (end := text.find(ITS_END, start)) >= 0:
+        kept.append(text[at:start])
+        at = end + len(ITS_END)
+        while text[at : at + 1].isspace():
+            at += 1
+    return "".join([*kept, text[at:]]).strip("\n")

@@ -40,7 +40,7 @@ def form_of(schema: Any) -> str | None:
 def fault(schema: dict[str, Any], names: Sequence[str]) -> str | None:
     """What is wrong with the "x-copy" of a parameter behind those called `names`, or None."""
     kind, others = schema["x-copy"], schema.keys() - {"x-copy", "type", "description", "title", "default", "examples"}
-    if kind in SEPARATORS:
+    if isinstance(kind, str) and kind in SEPARATORS:
         return None if schema.get("type") == "string" and not others else f"x-copy {kind} is for a string of any form"
     if not isinstance(kind, str) or kind.partition(":")[0] not in FORMS:
         return f"x-copy must be one of {[*SEPARATORS, 'milliseconds', 'last:NAME']}, got {kind!r}"
@@ -59,6 +59,8 @@ def words(text: str) -> list[str]:
 def copied(schema: Any, value: Any, arguments: Mapping[str, Any], text: str) -> str | None:
     """What of `text` is to be copied for `value`, or None where it is written as it is."""
     kind = copy_of(schema)
+    if not kind or not isinstance(value, str if kind in SEPARATORS else int) or isinstance(value, bool):
+        return None  # a client's history may hold what fits no schema
     if kind in ("span", "path"):
         return str(value)
     if kind in ("text", "regex"):

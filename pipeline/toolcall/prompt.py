@@ -39,7 +39,9 @@ def signature(tool: Tool) -> str:
     return f"{tool.name}({', '.join(parts)})"
 
 
-def _kind(schema: dict[str, Any]) -> str:
+def _kind(schema: Any) -> str:
+    if not isinstance(schema, dict):  # true: anything
+        return ": any"
     if "enum" in schema:
         return ": " + "|".join(str(value) for value in schema["enum"])
     kind = schema.get("type", "any")

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import jsonschema
@@ -66,7 +66,8 @@ def _parse_tool(value: Any, where: str) -> Tool:
     return Tool(name, description, parameters)
 
 
-@cache  # thousands of requests bring the same tools with them, and to check a schema takes milliseconds
+# Thousands of requests bring the same tools with them, and to check a schema takes milliseconds; clients bring others.
+@lru_cache(1024)
 def _validator(schema: str) -> jsonschema.Draft202012Validator:
     """Raises jsonschema's SchemaError where `schema` is none."""
     found = json.loads(schema)

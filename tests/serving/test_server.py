@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from pipeline.serving.tools import visible
 from tests.serving.conftest import Serve
 
 READ: dict[str, Any] = {
@@ -281,3 +282,11 @@ def test_description_names_both_formats(serve: Serve) -> None:
     names = set(found["components"]["schemas"])
     text = json.dumps(found)
     assert all(ref.partition('"')[0] in names for ref in text.split("#/components/schemas/")[1:])
+
+
+def test_reminders_of_agents_are_left_out() -> None:
+    assert visible("a<system-reminder>b</system-reminder>\n c<system-reminder>d</system-reminder>") == "ac"
+    assert visible("a <system-reminder> b") == "a <system-reminder> b"
+    start = time.perf_counter()
+    assert visible("<system-reminder>" * 200_000).startswith("<system-reminder>")
+    assert time.perf_counter() - start < 1

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.toolcall import compact
+from pipeline.toolcall.copies import copied
 from pipeline.toolcall.grammar import Grammar
 from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool, ToolCall, parse_tools
@@ -107,3 +108,10 @@ def test_unknown_copy_is_refused(schema: dict[str, Any], message: str) -> None:
     tool = {"name": "T", "parameters": {"type": "object", "properties": properties}}
     with pytest.raises(ValueError, match=rf"tools.json: tool 1 \(T\): a: {message}"):
         parse_tools([tool], "tools.json")
+
+
+@pytest.mark.parametrize("kind", ["span", "path", "text", "regex", "milliseconds", "last:offset"])
+@pytest.mark.parametrize("value", [None, True, [1], {"a": 1}, 2.5])
+def test_value_of_another_type_is_no_copy(kind: str, value: object) -> None:
+    """A client's history may hold any."""
+    assert copied({"x-copy": kind}, value, {"offset": 1}, "lines 1 to 2.5 of None") is None
