@@ -59,14 +59,16 @@ def words(text: str) -> list[str]:
 def copied(schema: Any, value: Any, arguments: Mapping[str, Any], text: str) -> str | None:
     """What of `text` is to be copied for `value`, or None where it is written as it is."""
     kind = copy_of(schema)
-    if not kind or not isinstance(value, str if kind in SEPARATORS else int) or isinstance(value, bool):
-        return None  # a client's history may hold what fits no schema
-    if kind in ("span", "path"):
-        return str(value)
-    if kind in ("text", "regex"):
+    if kind in SEPARATORS:
+        if not isinstance(value, str):
+            return None  # a client's history may hold what fits no schema
+        if kind in ("span", "path"):
+            return value
         literal = _ESCAPED.sub(r"\1", value) if kind == "regex" else value
         back = _escape(literal) if kind == "regex" else literal
         return literal if back == value and _is_span(literal, text) else None
+    if not kind or not isinstance(value, int) or isinstance(value, bool):
+        return None
     if kind == "milliseconds" and not _stands(str(value), text):
         exact = [(value // ms, unit) for unit, ms in UNITS.items() if value % ms == 0]
         named = [found for found in exact if _stands(f"{found[0]}", text, rf"[\s-]?{found[1][0]}")]
