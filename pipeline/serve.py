@@ -147,7 +147,7 @@ def is_loopback(host: str) -> bool:
 @hydra.main(version_base="1.3", config_path="..", config_name="params")
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
-    run(params.paths.tools, params.techniques, params.serve, os.environ.get(KEY))
+    run(params.paths.tools, params.techniques, params.serve, os.environ.get(KEY) or None)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from pipeline import config
 from pipeline.runtime.generation import Choice, Techniques
 from pipeline.serve import KEY, ServeConfig, is_loopback, start_engine
 from pipeline.serving.engine import Asked, Engine
-from pipeline.toolcall.reply import parse_call
 
 TRANSPORTS = ("stdio", "streamable-http")
 
@@ -59,11 +58,11 @@ def build(engine: Engine, max_new_tokens: int) -> MCPServer:
         start = time.perf_counter()
         messages = ({"role": "user", "content": request},)
         piece = await engine.whole(Asked(messages, (), Choice.AUTO, max_new_tokens, stream=False))
-        call = parse_call(piece.text) if piece.is_call and piece.finished else None
+        call = piece.call
         return Proposal(
             tool=call.name if call else None,
             arguments=call.arguments if call else {},
-            text="" if piece.is_call else piece.text,
+            text="" if call or piece.is_cut_call else piece.text,
             confidence=piece.confidence,
             milliseconds=1e3 * (time.perf_counter() - start),
         )

@@ -22,9 +22,9 @@ from pipeline.toolcall import compact, prompt
 from pipeline.toolcall.conversation import Message
 from pipeline.toolcall.draft import Drafter
 from pipeline.toolcall.grammar import Grammar
-from pipeline.toolcall.reply import parse_call, write_call
+from pipeline.toolcall.reply import write_call
 from pipeline.toolcall.tokenizer import Tokenizer
-from pipeline.toolcall.tool import Tool, ToolCall, parse_tools
+from pipeline.toolcall.tool import Tool, ToolCall, find_tool, parse_tools
 
 SETTINGS = "toolcaller.json"  # in a model folder: the runtime it is for
 NO_DYNAMIC = "dynamic INT8 has no CUDA kernels (onnxruntime#7745, #10267)"
@@ -42,6 +42,14 @@ class Reply:
     new_tokens: int
     finished: bool  # False: cut off at max_new_tokens
     changed: bool  # by the grammar, where the model alone would have broken the call's form, or for a likelier reply
+
+    @property
+    def milliseconds(self) -> float:
+        return self.total_s * 1000
+
+
+class TooLongError(ValueError):
+    """The request does not fit the model's context."""
 
 
 class ToolCaller:
@@ -88,7 +96,7 @@ class ToolCaller:
         max_new_tokens: int = 160,
         choice: Choice = Choice.AUTO,
     ) -> Reply:
-        """Raises ValueError naming both lengths where the request does not fit the model's context."""
+        """Raises TooLongError naming both lengths where the request does not fit the model's context."""
         start = time.perf_counter()
         prompted = self.prompt(messages, tools or self.tools, max_new_tokens, choice)
         tokens: list[Token] = []
@@ -102,7 +110,7 @@ class ToolCaller:
         return Reply(
             text,
             self.written(tokens),
-            parse_call(text) if choice != Choice.NONE else None,
+            self.call(tokens, tools or self.tools, choice),
             confidence,
             first_token_s,
             total_s,
@@ -112,10 +120,14 @@ class ToolCaller:
             changed=any(token.changed for token in tokens),
         )
 
+    def generate_response(self, request: str) -> Reply:
+        """To one request: `.call.name`, `.call.arguments`, `.confidence`, `.milliseconds`."""
+        return self.reply(request)
+
     def prompt(
         self, messages: str | Sequence[Message], tools: tuple[Tool, ...], max_new_tokens: int, choice: Choice
     ) -> Prompt:
-        """Raises ValueError as `reply` does."""
+        """Raises TooLongError as `reply` does."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         prefix, asked = self.encode(messages, tools, max_new_tokens)
@@ -137,7 +149,7 @@ class ToolCaller:
         prefix = self._prefixes.get(_key(tools), lambda: prompt.prefix_tokens(self.tokenizer, tools))
         asked = prompt.request_tokens(self.tokenizer, messages, tools)
         if self.runtime.context_tokens < len(prefix) + len(asked) + max_new_tokens:
-            raise ValueError(
+            raise TooLongError(
                 f"a request of {len(prefix) + len(asked)} tokens and a reply of {max_new_tokens} do not fit "
                 f"the context of {self.runtime.context_tokens} tokens"
             )
@@ -153,6 +165,13 @@ class ToolCaller:
         text = self.written(tokens)
         call = compact.read(text, tools)
         return write_call(call) if call else text, math.exp(sum(token.log_probability for token in tokens))
+
+    def call(self, tokens: Sequence[Token], tools: tuple[Tool, ...], choice: Choice) -> ToolCall | None:
+        """What a whole reply calls: a tool on offer, with arguments that fit its schema. All else is text."""
+        call = compact.read(self.written(tokens), tools) if choice != Choice.NONE else None
+        tool = find_tool(tools, call.name) if call else None
+        whole = bool(tokens) and tokens[-1].id == self.tokenizer.eos_token_id
+        return call if whole and call and tool and not tool.fault(call.arguments) else None
 
     def written(self, tokens: Sequence[Token]) -> str:
         """What the model wrote, as it wrote it."""

@@ -360,7 +360,7 @@ class _Reply:
         if self._grammar is None:
             raise ValueError("a call is required, but without tools or their grammar none can be")
         self.take(self._grammar.opening)
-        return self._grammar.opening
+        return [*self._grammar.opening, *(self.forced() if self._use.forced else [])]
 
     def opening_draft(self) -> list[int]:
         if self._grammar is None or not self._use.forced or self._prompt.choice != Choice.AUTO:
@@ -413,7 +413,7 @@ class _Reply:
             self.tokens.append(token)
             if self._guide:
                 self._guide.accept([token])
-            elif self._grammar and self.tokens == self._grammar.opening:
+            elif self._grammar and self._grammar.opens(self.tokens):
                 self._guide = self._grammar.start(self._prompt.text)
                 self._guide.accept(self.tokens)
 

@@ -12,7 +12,7 @@ from pipeline.serving.engine import Asked, Piece
 from pipeline.serving.reply_reader import ArgumentsDelta, CallBegun, Event, TextDelta
 from pipeline.serving.tools import offered, visible
 from pipeline.toolcall.conversation import Message
-from pipeline.toolcall.reply import parse_call, write_call
+from pipeline.toolcall.reply import write_call
 from pipeline.toolcall.tool import Tool, ToolCall
 
 
@@ -125,11 +125,11 @@ def message_id() -> str:
 
 
 def message(piece: Piece, model: str) -> dict[str, Any]:
-    call = parse_call(piece.text) if piece.is_call and piece.finished else None
+    call = piece.call
     content: list[dict[str, Any]] = []
     if call:
         content = [{"type": "tool_use", "id": _call_id(), "name": call.name, "input": call.arguments}]
-    elif not piece.is_call:
+    elif not piece.is_cut_call:
         content = [{"type": "text", "text": piece.text}]
     return {
         "id": message_id(),
@@ -146,7 +146,7 @@ def message(piece: Piece, model: str) -> dict[str, Any]:
 def stop_reason(piece: Piece) -> str:
     if not piece.finished:
         return "max_tokens"
-    return "tool_use" if piece.is_call else "end_turn"
+    return "tool_use" if piece.call else "end_turn"
 
 
 def usage(piece: Piece) -> dict[str, int]:

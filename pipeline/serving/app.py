@@ -150,11 +150,10 @@ class Server:
             body = await self._body(request, anthropic_wire.CountBody)
             asked = _reading(lambda: anthropic_wire.asked(body, self._own(), 1))
             caller = self.engine.wait_until_loaded()
-            tools = asked.tools or caller.tools
-            prefix, own = _reading(lambda: caller.encode(asked.messages, tools, 0))
+            prompted = _reading(lambda: self.engine.fit(caller, asked))
         except (RefusedError, BusyError, ClientDisconnect) as error:
             return self._failed(error, ANTHROPIC, time.perf_counter())
-        return JSONResponse({"input_tokens": len(prefix) + len(own)})
+        return JSONResponse({"input_tokens": len(prompted.prefix) + len(prompted.asked)})
 
     async def models(self, request: Request) -> Response:
         del request
@@ -172,7 +171,8 @@ class Server:
 
     async def health(self, request: Request) -> Response:
         del request
-        return JSONResponse({"status": "alive"})
+        alive = self.engine.alive
+        return JSONResponse({"status": "alive" if alive else "the engine has stopped"}, 200 if alive else 503)
 
     async def ready(self, request: Request) -> Response:
         del request
@@ -320,7 +320,7 @@ class _Reply(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _say(self, piece: Piece, send: Send) -> None:
-        read = self._reader.read(piece.text, piece.last, piece.finished)
+        read = self._reader.read(piece)
         if events := "".join(self._stream.events(piece, read)):
             await _chunk(send, events)
         if piece.last:

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.runtime.caller import ToolCaller
+from pipeline.runtime.caller import ToolCaller, TooLongError
 from pipeline.runtime.generation import Choice, Decoding, Prompt, Row, Runtime, TogetherRuntime, Token
 from pipeline.toolcall.conversation import Message
 from pipeline.toolcall.reply import OPENING
-from pipeline.toolcall.tool import Tool
+from pipeline.toolcall.tool import Tool, ToolCall, find_tool
 
 CUT = "\n[cut]"
 NICE = 5
@@ -54,10 +54,14 @@ class Piece:
     confidence: float = 1.0
     finished: bool = False  # it came to its own end
     last: bool = False
+    changed: int = 0  # tokens that the model would not have chosen
+    tool: str | None = None  # which is called, once its name is whole
+    call: ToolCall | None = None  # of the last piece
 
     @property
-    def is_call(self) -> bool:
-        return self.text.startswith(OPENING)
+    def is_cut_call(self) -> bool:
+        """What is left of it is of no use."""
+        return self.last and not self.finished and self.text.startswith(OPENING)
 
 
 @dataclass(eq=False)
@@ -66,6 +70,7 @@ class _Job:
     loop: asyncio.AbstractEventLoop
     pieces: "asyncio.Queue[Piece | Exception]" = field(default_factory=asyncio.Queue)
     cancelled: bool = False
+    prompted: Prompt | None = None  # once it was read
 
     def put(self, piece: Piece | Exception) -> None:
         self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
@@ -115,7 +120,14 @@ class _Running:
         text, confidence = caller.decode(tokens, self.tools) if last else (caller.written(tokens), 1.0)
         finished = bool(tokens) and tokens[-1].id == self.prompted.end
         sizes = len(self.prompted.asked), len(self.prompted.prefix), self.prefix_kept, len(tokens)
-        return Piece(text, *sizes, confidence, finished, last)
+        changed = sum(token.changed for token in tokens)
+        choice = self.job.asked.choice
+        if last:
+            call = caller.call(tokens, self.tools, choice)
+            return Piece(text, *sizes, confidence, finished, last, changed, call.name if call else None, call)
+        name, line, _ = text.removeprefix(OPENING).partition("\n")
+        called = text.startswith(OPENING) and line and choice != Choice.NONE and find_tool(self.tools, name)
+        return Piece(text, *sizes, changed=changed, tool=name if called else None)
 
 
 class Engine:
@@ -135,9 +147,15 @@ class Engine:
         self._stopping = False
         self._loaded = threading.Event()
         self._failure: Exception | None = None
+        self.on_step: Callable[[int], None] = lambda _: None
         self.caller: ToolCaller | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Or told to stop."""
+        return self._stopping or self._thread.is_alive()
 
     @property
     def ready(self) -> bool:
@@ -190,6 +208,10 @@ class Engine:
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
 
+    def fit(self, caller: ToolCaller, asked: Asked) -> Prompt:
+        """Raises TooLongError as the function `fit` does."""
+        return fit(caller, asked, asked.tools or caller.tools, self._tool_result_tokens)
+
     def require_place(self) -> None:
         """Raises BusyError where the queue is full: to know that before a request is read is soon for its client."""
         if len(self._waiting) >= self._queue_length:
@@ -228,13 +250,18 @@ class Engine:
             self._loaded.set()
         running: list[_Running] = []
         while self._admit(self.caller, running):
-            _advance(self.caller.runtime, [one for one in running if one.decoding.step])
+            if stepping := [one for one in running if not one.ended]:
+                self.on_step(len(stepping))
+                _advance(self.caller.runtime, stepping)
             ended = [one for one in running if one.ended]
             for one in ended:
                 if one.row and isinstance(self.caller.runtime, TogetherRuntime):
                     self.caller.runtime.leave(one.row)
             for one in running:
-                one.tell(self.caller, last=one in ended)
+                try:
+                    one.tell(self.caller, last=one in ended)
+                except Exception as error:  # noqa: BLE001 - this request's; the others go on
+                    one.fail(error)
             running = [one for one in running if one not in ended]
 
     def _admit(self, caller: ToolCaller, running: list[_Running]) -> bool:
@@ -257,7 +284,7 @@ class Engine:
     def _joins(self, caller: ToolCaller, job: _Job, running: list[_Running]) -> bool:
         """False: it has to wait until those that are running end, having other tools or too many tokens beside it."""
         tools = job.asked.tools or caller.tools
-        prompted = fit(caller, job.asked, tools, self._tool_result_tokens)
+        prompted = job.prompted = job.prompted or self.fit(caller, job.asked)
         if running and prompted.prefix != running[0].prompted.prefix:
             return False
         runtime = caller.runtime
@@ -276,8 +303,6 @@ class Engine:
 
 def _advance(runtime: Runtime, running: list[_Running]) -> None:
     """A step of each. Where the model fails, whose fault it is shows when each is asked alone."""
-    if not running:
-        return
     try:
         found = _logits(runtime, running)
     except Exception as error:  # noqa: BLE001 - ONNX Runtime's have no base of their own; the server goes on
@@ -304,17 +329,29 @@ def _logits(runtime: Runtime, running: list[_Running]) -> list[NDArray[np.float3
 def fit(caller: ToolCaller, asked: Asked, tools: tuple[Tool, ...], tool_result_tokens: int) -> Prompt:
     """The prompt of as much of the conversation as fits: long tool results are cut, then the oldest messages left out.
 
-    Raises ValueError naming both lengths where the last message alone is too long.
+    Raises TooLongError naming both lengths where what must be kept is too long: see `shorter`.
     """
     messages = [_cut(caller, message, tool_result_tokens) for message in asked.messages]
-    while True:
+    ways = shorter(messages)
+    first, end = 0, len(ways) - 1  # the first way that fits is among these: each is shorter than the one before
+    while first < end:
+        middle = (first + end) // 2
         try:
-            return caller.prompt(messages, tools, asked.max_new_tokens, asked.choice)
-        except ValueError:
-            later = [at for at, message in enumerate(messages) if at and message["role"] == "user"]
-            if not later:
-                raise
-            messages = messages[later[0] :]
+            caller.prompt(ways[middle], tools, asked.max_new_tokens, asked.choice)
+            end = middle
+        except TooLongError:
+            first = middle + 1
+    return caller.prompt(ways[end], tools, asked.max_new_tokens, asked.choice)
+
+
+def shorter(messages: list[Message]) -> list[list[Message]]:
+    """`messages`, and what is left as ever more of the oldest are left out: first turns of the user; then, of the last
+    turn, calls with their results. The user's last words stay, and so do the last call and its result.
+    """
+    turns = [at for at, message in enumerate(messages) if at and message["role"] == "user"]
+    last = messages[turns[-1] :] if turns else messages
+    calls = [at for at, message in enumerate(last) if message["role"] == "assistant"]
+    return [messages, *(messages[at:] for at in turns), *([last[0], *last[at:]] for at in calls[1:])]
 
 
 def _cut(caller: ToolCaller, message: Message, tool_result_tokens: int) -> Message:

@@ -4,7 +4,6 @@ import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from pipeline.serving.engine import Engine, Piece
-from pipeline.toolcall.reply import parse_call
 
 SECONDS = (0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
@@ -26,6 +25,18 @@ class Metrics:
         self._texts = Counter("toolcaller_texts", "Replies without a call", registry=self.registry)
         self._prefixes = Counter("toolcaller_prefixes", "Tool lists, by cache", ["cache"], registry=self.registry)
         self._cut = Counter("toolcaller_cut_replies", "Replies cut at their length limit", registry=self.registry)
+        self._changed = Counter(
+            "toolcaller_changed_tokens",
+            "Tokens that the model would not have chosen: the grammar or a likelier call did",
+            registry=self.registry,
+        )
+        batch = Histogram(
+            "toolcaller_step_requests",
+            "Requests answered in one step of the model",
+            buckets=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64),
+            registry=self.registry,
+        )
+        engine.on_step = batch.observe
         self.errors = Counter("toolcaller_errors", "Requests refused or failed", ["status"], registry=self.registry)
         waiting = Gauge("toolcaller_queue_length", "Requests that wait", registry=self.registry)
         waiting.set_function(lambda: engine.queue_length)
@@ -39,9 +50,9 @@ class Metrics:
         self._prefixes.labels("hit" if piece.prefix_kept else "miss").inc()
         if not piece.finished:
             self._cut.inc()
-        call = parse_call(piece.text) if piece.is_call else None
-        if call:
-            self._calls.labels(call.name if call.name in known else "other").inc()
+        self._changed.inc(piece.changed)
+        if piece.call:
+            self._calls.labels(piece.call.name if piece.call.name in known else "other").inc()
         else:
             self._texts.inc()
 

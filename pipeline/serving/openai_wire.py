@@ -13,7 +13,7 @@ from pipeline.serving.engine import Asked, Piece
 from pipeline.serving.reply_reader import ArgumentsDelta, CallBegun, Event, TextDelta
 from pipeline.serving.tools import offered, visible
 from pipeline.toolcall.conversation import Message
-from pipeline.toolcall.reply import parse_call, write_call
+from pipeline.toolcall.reply import write_call
 from pipeline.toolcall.tool import Tool, ToolCall
 
 
@@ -117,16 +117,18 @@ def _messages(wire: list[WireMessage]) -> tuple[Message, ...]:
 def _called(call: WireCall) -> ToolCall:
     try:
         arguments = json.loads(call.function.arguments)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"messages: arguments of {call.function.name} are no JSON: {error.msg}") from error
+        json.dumps(arguments, ensure_ascii=False).encode()  # half a character, "\\ud800", is JSON but no text
+    except ValueError as error:
+        raise ValueError(f"messages: arguments of {call.function.name} are no JSON text: {error}") from error
     if not isinstance(arguments, dict):
         raise ValueError(f"messages: arguments of {call.function.name} are no object")
     return ToolCall(call.function.name, arguments)
 
 
 def completion(piece: Piece, model: str) -> dict[str, Any]:
-    call = parse_call(piece.text) if piece.is_call and piece.finished else None
-    message: dict[str, Any] = {"role": "assistant", "content": None if piece.is_call else piece.text, "refusal": None}
+    call = piece.call
+    content = None if call or piece.is_cut_call else piece.text
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
     if call:
         function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
         message["tool_calls"] = [{"id": _call_id(), "type": "function", "function": function}]
@@ -143,7 +145,7 @@ def completion(piece: Piece, model: str) -> dict[str, Any]:
 def finish_reason(piece: Piece) -> str:
     if not piece.finished:
         return "length"
-    return "tool_calls" if piece.is_call else "stop"
+    return "tool_calls" if piece.call else "stop"
 
 
 def usage(piece: Piece) -> dict[str, Any]:

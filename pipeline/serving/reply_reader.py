@@ -3,7 +3,8 @@
 import json
 from dataclasses import dataclass
 
-from pipeline.toolcall.reply import OPENING, parse_call
+from pipeline.serving.engine import Piece
+from pipeline.toolcall.reply import OPENING
 
 
 @dataclass(frozen=True)
@@ -31,23 +32,16 @@ class ReplyReader:
         self._named = False
         self._said = 0  # characters of the text
 
-    def read(self, text: str, last: bool, finished: bool = True) -> list[Event]:
-        """`text`: all of the reply so far, a whole call as JSON; `finished`: the last came to its own end."""
-        if text.startswith(OPENING):
-            return self._call(text, last, finished)
-        if not last and OPENING.startswith(text):
+    def read(self, piece: Piece) -> list[Event]:
+        """What is new in `piece`, which has all of the reply so far."""
+        if piece.tool and not self._named:
+            self._named = True
+            return [CallBegun(piece.tool), *self.read(piece)]
+        if piece.call:
+            return [ArgumentsDelta(json.dumps(piece.call.arguments, ensure_ascii=False))]
+        begun = piece.text.startswith(OPENING) or OPENING.startswith(piece.text)
+        if piece.is_cut_call or (begun and not piece.last):
             return []  # it may still become a call
-        new = (text if last else text.removesuffix("\ufffd"))[self._said :]
+        new = (piece.text if piece.last else piece.text.removesuffix("\ufffd"))[self._said :]
         self._said += len(new)
         return [TextDelta(new)] if new else []
-
-    def _call(self, text: str, last: bool, finished: bool) -> list[Event]:
-        call = parse_call(text) if last and finished else None
-        name, line, _ = text.removeprefix(OPENING).partition("\n")
-        events: list[Event] = []
-        if not self._named and (call or (line and not last)):
-            self._named = True
-            events.append(CallBegun(call.name if call else name))
-        if call:
-            events.append(ArgumentsDelta(json.dumps(call.arguments, ensure_ascii=False)))
-        return events

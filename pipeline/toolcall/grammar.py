@@ -37,7 +37,12 @@ class Grammar:
         self._tools, self._copies = tools, any(map(_copies_text, tools))
         self._fresh = LLMatcher(self._vocabulary, _lark(tools))
         self._last = "", self._fresh
-        self.opening: list[int] = self._fresh.compute_ff_tokens()
+        # A tool's name may follow for certain, too, but not before the model has decided for a call.
+        self.opening: list[int] = LLMatcher(self._vocabulary, _ANY_CALL).compute_ff_tokens()
+
+    def opens(self, tokens: Sequence[int]) -> bool:
+        """Do they begin a call? In whichever way the marker is cut into tokens."""
+        return len(tokens) <= len(OPENING) and self._vocabulary.decode_bytes(list(tokens)).startswith(OPENING.encode())
 
     def start(self, text: str) -> "Guide":
         """`text`: the request, of which copied arguments are spans."""
@@ -81,6 +86,7 @@ class Guide:
 KEYWORDS = {"type", "properties", "required", "additionalProperties", "description", "title", "$schema", "$defs"}
 ANY = "/(?s:.*)/"
 TEXTS = (ANY, "SPAN", "PATH")
+_ANY_CALL = f'start: {json.dumps(OPENING)} ("A" | "b")'  # of any two names the beginnings differ
 SPACES = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
