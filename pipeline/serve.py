@@ -9,6 +9,7 @@ import ipaddress
 import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -103,7 +104,7 @@ def run(tools: Path, techniques: Techniques, cfg: ServeConfig, api_key: str | No
     if not is_loopback(cfg.host) and not api_key:
         raise ValueError(f"serve.host is {cfg.host}, which others can reach: set {KEY} to a key that clients must send")
     engine = start_engine(tools, techniques, cfg)
-    server = Server(engine, cfg.name, limits(cfg), api_key, cfg.log_contents)
+    server = Server(engine, cfg.name, limits(cfg), api_key, cfg.log_contents, gpu_utilisation(cfg.device))
     settings = uvicorn.Config(
         server.app(),
         host=cfg.host,
@@ -117,6 +118,16 @@ def run(tools: Path, techniques: Techniques, cfg: ServeConfig, api_key: str | No
     )
     log.info("%s at http://%s:%d as %s", cfg.model, cfg.host, cfg.port, cfg.name)
     DrainingServer(settings, server, cfg.drain_timeout_s).run()
+
+
+def gpu_utilisation(device: str) -> Callable[[], float] | None:
+    """Raises RuntimeError where the device is cuda and NVML finds no GPU."""
+    if device != "cuda":
+        return None
+    from pipeline.bench.gpu import Gpu
+
+    gpu = Gpu()
+    return lambda: gpu.sample().utilisation_fraction
 
 
 def limits(cfg: ServeConfig) -> Limits:

@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 
 from pipeline import config
 from pipeline.runtime.generation import Techniques
-from pipeline.serve import KEY, ServeConfig, limits, start_engine
+from pipeline.serve import KEY, ServeConfig, gpu_utilisation, limits, start_engine
 from pipeline.serving.app import Server
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,9 @@ class Replica:
     """The whole server, on `serve.threads` cores of one machine."""
 
     def __init__(self, tools: Path, techniques: Techniques, cfg: ServeConfig, api_key: str) -> None:
-        self._server = Server(start_engine(tools, techniques, cfg), cfg.name, limits(cfg), api_key, cfg.log_contents)
+        engine = start_engine(tools, techniques, cfg)
+        gpu = gpu_utilisation(cfg.device)
+        self._server = Server(engine, cfg.name, limits(cfg), api_key, cfg.log_contents, gpu)
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return self._server.app()
@@ -72,6 +74,7 @@ def application(overrides: dict[str, str]) -> Application:
         num_replicas=params.ray.replicas,
         ray_actor_options={"num_cpus": cfg.threads, "num_gpus": int(cfg.device == "cuda")},
         max_ongoing_requests=cfg.together + cfg.queue_length,
+        max_queued_requests=params.ray.replicas * cfg.queue_length,  # else Ray's proxies keep any number waiting
         graceful_shutdown_timeout_s=cfg.drain_timeout_s,
     )
     return deployment.bind(params.paths.tools.absolute(), params.techniques, cfg, api_key)

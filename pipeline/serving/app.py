@@ -86,11 +86,12 @@ class Server:
     limits: Limits
     api_key: str | None
     log_contents: bool = False
+    gpu: Callable[[], float] | None = None  # its utilisation
     open_requests: int = 0
     metrics: Metrics = field(init=False)
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(self.engine)
+        self.metrics = Metrics(self.engine, self.gpu)
 
     def app(self) -> Starlette:
         async def messages(request: Request) -> Response:

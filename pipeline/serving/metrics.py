@@ -1,5 +1,7 @@
 """What /metrics tells Prometheus."""
 
+from collections.abc import Callable
+
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -9,7 +11,8 @@ SECONDS = (0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 4.0, 8.0, 16.0
 
 
 class Metrics:
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, gpu: Callable[[], float] | None = None) -> None:
+        """`gpu`: how much of it is used, from 0 to 1, where there is one."""
         self.registry = CollectorRegistry()
         self.first_byte = Histogram(
             "toolcaller_first_piece_seconds",
@@ -40,6 +43,8 @@ class Metrics:
         self.errors = Counter("toolcaller_errors", "Requests refused or failed", ["status"], registry=self.registry)
         waiting = Gauge("toolcaller_queue_length", "Requests that wait", registry=self.registry)
         waiting.set_function(lambda: engine.queue_length)
+        used = Gauge("toolcaller_gpu_utilisation_ratio", "Of the GPU; 0 without one", registry=self.registry)
+        used.set_function(gpu or (lambda: 0.0))
         memory = Gauge("toolcaller_resident_bytes", "Resident memory of the process", registry=self.registry)
         memory.set_function(lambda: float(psutil.Process().memory_info().rss))
 

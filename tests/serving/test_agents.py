@@ -2,7 +2,10 @@
 
 import asyncio
 import os
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,10 @@ from claude_agent_sdk import (
     query,
     tool,
 )
-from mcp import Client
+from mcp import Client, StdioServerParameters
 
 from pipeline.serve_mcp import build
-from tests.serving.conftest import Serve
+from tests.serving.conftest import ROOT, Serve
 
 
 @tool("echo", "Say a text again.", {"text": str})
@@ -101,24 +104,41 @@ def test_mcp_client_gets_a_proposal(serve: Serve) -> None:
     assert 0 < proposal["confidence"] <= 1
 
 
+def mcp_command(model: Path, *more: str) -> list[str]:
+    settings = [f"serve.model={model}", "serve.max_new_tokens=20", f"paths.tools={ROOT / 'data/tools.json'}", *more]
+    return [sys.executable, "-m", "pipeline.serve_mcp", *settings]
+
+
+async def propose(server: Any) -> Any:
+    async with Client(server) as client:
+        return await client.call_tool("propose_call", {"request": "read a.py"})
+
+
 @pytest.mark.slow
 def test_mcp_host_starts_the_server_itself(tiny_fused: Path) -> None:
     """Over stdio, with a model: nothing but the protocol may be on its standard output."""
-    from mcp import StdioServerParameters
+    command, *args = mcp_command(tiny_fused)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = asyncio.run(propose(StdioServerParameters(command=command, args=args, env=environment, cwd=str(ROOT))))
+    assert not found.is_error
+    assert found.structured_content["milliseconds"] > 0
 
-    root = Path(__file__).parents[2]
-    settings = [f"serve.model={tiny_fused}", "serve.max_new_tokens=20", f"paths.tools={root / 'data/tools.json'}"]
-    started = StdioServerParameters(
-        command=sys.executable,
-        args=["-m", "pipeline.serve_mcp", *settings],
-        env={**os.environ, "PYTHONPATH": str(root)},
-        cwd=str(root),
-    )
 
-    async def ask() -> Any:
-        async with Client(started) as client:
-            return await client.call_tool("propose_call", {"request": "read a.py"})
-
-    found = asyncio.run(ask())
+@pytest.mark.slow
+def test_mcp_over_http(tiny_fused: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = mcp_command(tiny_fused, "mcp.transport=streamable-http", f"mcp.port={port}")
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+        try:
+            end = time.monotonic() + 60
+            while socket.socket().connect_ex(("127.0.0.1", port)):
+                assert process.poll() is None
+                assert time.monotonic() < end, "it did not start in time"
+                time.sleep(0.1)
+            found = asyncio.run(propose(f"http://127.0.0.1:{port}/mcp"))
+        finally:
+            process.terminate()
     assert not found.is_error
     assert found.structured_content["milliseconds"] > 0

@@ -5,6 +5,7 @@ from typing import Any
 
 import anthropic
 import openai
+import pytest
 
 from tests.serving.conftest import Serve
 from tests.serving.test_server import ASK, OPENAI_ASK
@@ -47,6 +48,8 @@ def test_anthropic_tool_choice(serve: Serve) -> None:
     assert client.messages.create(**small_talk).content[0].type == "text"
     forced = client.messages.create(**small_talk, tool_choice={"type": "tool", "name": "Stop"})
     assert (forced.content[0].name, forced.content[0].input) == ("Stop", {})
+    some = client.messages.create(**ASK | {"messages": small_talk["messages"]}, tool_choice={"type": "any"})
+    assert (some.stop_reason, some.content[0].name) == ("tool_use", "Read")
     silent = client.messages.create(**ASK, tool_choice={"type": "none"})
     assert silent.content[0].type == "text"
 
@@ -65,6 +68,28 @@ def test_openai_client(serve: Serve) -> None:
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     text = client.chat.completions.create(**OPENAI_ASK | {"messages": [{"role": "user", "content": "hello"}]})
     assert text.choices[0].message.content == "You wrote: hello"
+
+
+def test_openai_tool_choice(serve: Serve) -> None:
+    client: Any = openai.OpenAI(base_url=serve().url + "/v1", api_key="none")
+    small_talk = OPENAI_ASK | {"messages": [{"role": "user", "content": "hello"}]}
+    assert client.chat.completions.create(**small_talk).choices[0].message.tool_calls is None
+    named = {"type": "function", "function": {"name": "Read"}}
+    for choice in ("required", named):
+        reply = client.chat.completions.create(**small_talk, tool_choice=choice).choices[0]
+        assert (reply.finish_reason, reply.message.tool_calls[0].function.name) == ("tool_calls", "Read")
+    assert client.chat.completions.create(**OPENAI_ASK, tool_choice="none").choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="Launch"):
+        client.chat.completions.create(**OPENAI_ASK, tool_choice={"type": "function", "function": {"name": "Launch"}})
+
+
+def test_half_a_character_is_refused(serve: Serve) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "Read", "arguments": '{"file_path": "\\ud800"}'}}
+    turns = [*OPENAI_ASK["messages"], {"role": "assistant", "tool_calls": [call]}]
+    turns.append({"role": "tool", "tool_call_id": "c1", "content": "x"})
+    client: Any = openai.OpenAI(base_url=serve().url + "/v1", api_key="none")
+    with pytest.raises(openai.BadRequestError, match="arguments of Read"):
+        client.chat.completions.create(**OPENAI_ASK | {"messages": turns})
 
 
 def test_openai_client_answers_with_a_result(serve: Serve) -> None:
