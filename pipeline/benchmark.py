@@ -11,6 +11,7 @@ import random
 import resource
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +84,9 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
     report = reports / f"{variant}.json" if device == "cpu" else reports / f"cuda/{variant}.json"
     folder = paths.models / (FOLDERS if device == "cpu" else cuda.FOLDERS)[variant]
     gpu = open_gpu(device)
+    least_same = 0.0
     if gpu:
-        cuda.require_evaluated(paths.reports / f"evaluate/cuda/{variant}.json")
+        least_same = cuda.require_evaluated(paths.reports / f"evaluate/cuda/{variant}.json", gpu.facts()["name"])
     requests = [parse_request(value, (), where) for where, value in files.read_spread(requests_file, cfg.requests)]
     random.Random(0).shuffle(requests)
     held = variant in HELD or variant in cuda.HELD
@@ -110,7 +112,9 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
     by_concurrency = []
     for clients in cfg.concurrency:
         with watched(gpu) as busy:
-            by_concurrency.append(many_clients(engine, requests, clients, cfg))
+            found = many_clients(engine, requests, clients, cfg, [reply.text for reply in made[: len(requests)]])
+        by_concurrency.append(found)
+        cuda.require_parity(variant, found["same_reply_fraction"], least_same, f"the reply of one client to {clients}")
     engine.stop()
     decode = sum(reply.new_tokens - 1 for reply in made) / sum(reply.total_s - reply.first_token_s for reply in made)
     weights = sum(p.stat().st_size for p in [*folder.glob("model.onnx*"), *folder.glob("*.safetensors")])
@@ -195,14 +199,20 @@ def harness_call_s(caller: ToolCaller, request: Request, cfg: BenchmarkConfig) -
     return percentiles([ask(null, request, cfg).total_s for _ in range(100)])["p50"]
 
 
-def many_clients(engine: Engine, requests: list[Request], clients: int, cfg: BenchmarkConfig) -> dict[str, Any]:
-    """Through the server's engine, without HTTP."""
+def many_clients(
+    engine: Engine, requests: list[Request], clients: int, cfg: BenchmarkConfig, alone: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Through the server's engine, without HTTP. `alone`: the requests' replies to a single client, to compare with."""
     new_tokens: list[int] = []
+    same: list[bool] = []
 
     async def answer(number: int) -> None:
         request = requests[number % len(requests)]
         asked = Asked(tuple(request.messages), request.tools, Choice.AUTO, cfg.max_new_tokens, stream=False)
-        new_tokens.append((await engine.whole(asked)).new_tokens)
+        piece = await engine.whole(asked)
+        new_tokens.append(piece.new_tokens)
+        if alone:
+            same.append(piece.text == alone[number % len(requests)])
 
     served = asyncio.run(serve(answer, clients, max(clients * cfg.calls_per_client, len(requests))))
     found = percentiles(served.call_s)
@@ -213,6 +223,7 @@ def many_clients(engine: Engine, requests: list[Request], clients: int, cfg: Ben
         "p50_s": found["p50"],
         "p95_s": found["p95"],
         "error_fraction": served.errors / (served.errors + len(served.call_s)),
+        **({"same_reply_fraction": float(np.mean(same))} if same else {}),
     }
 
 

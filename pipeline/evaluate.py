@@ -92,7 +92,12 @@ def run(paths: config.Paths, out: Path, variant: str, techniques: Techniques, cf
         same = cuda.same_reply_fraction([answer.text for answer in made], [answer.text for answer in on_cpu])
         out.unlink(missing_ok=True)  # of an earlier run, which may have passed
         cuda.require_parity(variant, same, cfg.min_same_reply_fraction)
-        gate = {"device": cfg.device, "same_reply_fraction_vs_cpu": same}
+        gate = {
+            "device": cfg.device,
+            "gpu": gpu_name(),
+            "same_reply_fraction_vs_cpu": same,
+            "min_same_reply_fraction": cfg.min_same_reply_fraction,
+        }
     rows = [row(request, answer) for request, answer in zip(requests, made, strict=True)]
     replies_file = out.with_suffix(".replies.jsonl")
     metrics = {"variant": variant, **gate, **measures(requests, rows)}
@@ -105,6 +110,12 @@ def run(paths: config.Paths, out: Path, variant: str, techniques: Techniques, cf
     files.write_json(out, metrics | {"provenance": provenance((techniques, cfg))})
     log.info("%s: %.1f%% exact", variant, 100 * metrics["exact_call_fraction"])
     return metrics
+
+
+def gpu_name() -> str:
+    from pipeline.bench.gpu import Gpu
+
+    return str(Gpu().facts()["name"])
 
 
 def answers(

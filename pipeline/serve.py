@@ -127,7 +127,7 @@ def gpu_utilisation(device: str) -> Callable[[], float] | None:
     from pipeline.bench.gpu import Gpu
 
     gpu = Gpu()
-    return lambda: gpu.sample().utilisation_fraction
+    return lambda: gpu.sample().utilisation_fraction or 0.0
 
 
 def limits(cfg: ServeConfig) -> Limits:

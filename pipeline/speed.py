@@ -6,7 +6,9 @@ Reads nothing but a tokenizer, which exporters want; writes reports/benchmark/cu
 
 import logging
 import shutil
+import statistics
 import tempfile
+import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -27,8 +29,9 @@ from pipeline.model import onnx_export, onnx_quantize
 from pipeline.model.shape import SHAPES, Shape, random_model
 from pipeline.provenance import provenance
 from pipeline.runtime.caller import load_runtime
+from pipeline.runtime.cuda_rows import CudaRowsRuntime
 from pipeline.runtime.fixed import call, peak_rss_bytes
-from pipeline.runtime.generation import Runtime
+from pipeline.runtime.generation import Runtime, Step
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ class SpeedConfig:
     new_tokens: int
     warmup_calls: int
     calls: int
+    clients: list[int]
     max_logit_difference_fraction: float  # from the CPU, of the largest logit; above it nothing is written
 
     def __post_init__(self) -> None:
@@ -57,6 +61,8 @@ class SpeedConfig:
             config.require_range(f"speed.{name}", getattr(self, name), 1, 1000)
         config.require_range("speed.warmup_calls", self.warmup_calls, 0, 1000)
         config.require_range("speed.calls", self.calls, 1, 100_000)
+        for clients in self.clients:
+            config.require_range("speed.clients", clients, 1, 64)
         config.require_range("speed.max_logit_difference_fraction", self.max_logit_difference_fraction, 0, 1)
 
 
@@ -148,12 +154,49 @@ def measure(folder: Path, cfg: SpeedConfig) -> dict[str, Any]:
         "model_bytes": sum(p.stat().st_size for p in [*folder.glob("model.onnx*"), *folder.glob("*.safetensors")]),
         "call_s": percentiles([total_s for _, total_s in made]),
         "first_token_s": percentiles([first_s for first_s, _ in made]),
+        "calls_per_s": calls_per_s(folder, cfg, prefix, asked),
         "decode_tokens_per_s": (cfg.new_tokens - 1) * len(made) / max(1e-9, sum(b - a for a, b in made)),
         "peak_rss_bytes": peak,
-        "gpu_peak_bytes": max((sample.memory_bytes for sample in samples), default=None),
+        "gpu_peak_bytes": None,
+        **(measures(samples, samples) if gpu else {}),
         "gpu": gpu.facts() if gpu else None,
         "logit_difference_fraction": difference,
     }
+
+
+def calls_per_s(folder: Path, cfg: SpeedConfig, prefix: list[int], asked: list[int]) -> dict[str, float] | None:
+    """By clients, whose calls begin and end together, each with a row of the KV cache; median of three.
+
+    None for PyTorch, whose runtimes take one request at a time here.
+    """
+    if not (folder / "model.onnx").exists():
+        return None
+    runtime = CudaRowsRuntime(folder, cfg.device, cfg.threads, max(cfg.clients))
+    found = {}
+    for clients in cfg.clients:
+        made = [calls_together_s(runtime, prefix, asked, cfg.new_tokens, clients) for _ in range(4)]
+        found[str(clients)] = clients / statistics.median(made[1:])  # the first warms up
+    return found
+
+
+def calls_together_s(runtime: CudaRowsRuntime, prefix: list[int], asked: list[int], new_tokens: int, n: int) -> float:
+    """Seconds for `n` calls that begin and end together."""
+    start = time.perf_counter()
+    runtime.begin(prefix)
+    rows = [runtime.join() for _ in range(n)]
+    steps = [Step(asked, [], len(prefix))] * n
+    for at in range(len(prefix) + len(asked), len(prefix) + len(asked) + new_tokens):
+        logits = runtime.step_together(list(zip(rows, steps, strict=True)))
+        steps = [Step([int(found[0].argmax())], [], at) for found in logits]
+    for row in rows:
+        runtime.leave(row)
+    return time.perf_counter() - start
+
+
+def measures(alone: list[Any], busy: list[Any]) -> dict[str, Any]:
+    from pipeline.bench.gpu import measures
+
+    return measures(alone, busy)
 
 
 def open_gpu(device: str) -> Any:

@@ -57,6 +57,7 @@ def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "load_runtime", load_runtime)
     monkeypatch.setattr(benchmark, "choose_device", lambda *_: "cuda")
     monkeypatch.setattr(benchmark, "open_gpu", lambda _: Gpu(Nvml()))
+    monkeypatch.setattr(evaluate, "gpu_name", lambda: "NVIDIA H100")
 
 
 def scored(paths: config.Paths) -> dict[str, Any]:
@@ -81,6 +82,7 @@ def test_gpu_reports_are_written_beside_the_cpu_ones(paths: config.Paths) -> Non
     found = files.read_json(paths.reports / "benchmark/cuda/fused-fp16.json")
     assert (found["device"], found["gpu_utilisation_fraction"], found["gpu_power_w"]) == ("cuda", 0.4, 350.0)
     assert found["provenance"]["machine"]["gpu"]["name"] == "NVIDIA H100"
+    assert [level["same_reply_fraction"] for level in found["by_concurrency"]] == [1.0, 1.0]
     assert (paths.reports / "benchmark/cuda/fused-fp16.samples.json").exists()
     assert not (paths.reports / "benchmark/fused-fp16.json").exists()
 
@@ -104,6 +106,27 @@ def test_no_number_is_written_where_replies_differ(paths: config.Paths, monkeypa
         RuntimeError, match=r"first python -m pipeline\.evaluate variant=fused-fp16 evaluate\.device=cuda"
     ):
         benchmark.run(paths, paths.reports / "benchmark", "fused-fp16", ALL, cfg)
+
+
+@pytest.mark.usefixtures("cpu_as_gpu")
+def test_gpu_is_measured_only_where_it_was_compared(paths: config.Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "gpu_name", lambda: "NVIDIA H200")
+    scored(paths)
+    cfg = load(benchmark.Params, "benchmark.device=cuda", "variant=fused-fp16").benchmark
+    with pytest.raises(RuntimeError, match=r"is of NVIDIA H200, and this is NVIDIA H100; first python -m"):
+        benchmark.run(paths, paths.reports / "benchmark", "fused-fp16", ALL, cfg)
+
+
+@pytest.mark.usefixtures("cpu_as_gpu")
+def test_replies_to_many_clients_must_be_those_to_one(paths: config.Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of many come from another way through the model: a row of the KV cache each."""
+    scored(paths)
+    cfg = load(benchmark.Params, "benchmark.device=cuda", "variant=fused-fp16").benchmark
+    ask = benchmark.ask
+    monkeypatch.setattr(benchmark, "ask", lambda *given: dataclasses.replace(ask(*given), text="!!!"))
+    with pytest.raises(RuntimeError, match=r"fused-fp16 gives the reply of one client to 1 on 0\.00% of the requests"):
+        benchmark.run(paths, paths.reports / "benchmark", "fused-fp16", ALL, cfg)
+    assert not (paths.reports / "benchmark/cuda/fused-fp16.json").exists()
 
 
 def test_export_for_cuda_needs_no_gpu(paths: config.Paths) -> None:

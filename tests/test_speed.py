@@ -38,7 +38,15 @@ def test_every_shape_becomes_graphs_for_cuda(name: str, tiny_base: Path, tmp_pat
 
 
 def test_report_says_that_weights_are_random(tiny_base: Path, tmp_path: Path) -> None:
-    changes = "device=cpu", "threads=1", "prefix_tokens=8", "request_tokens=4", "new_tokens=3", "calls=2"
+    changes = (
+        "device=cpu",
+        "threads=1",
+        "prefix_tokens=8",
+        "request_tokens=4",
+        "new_tokens=3",
+        "calls=2",
+        "clients=[1,3]",
+    )
     cfg = load(*(f"speed.{change}" for change in (*changes, "shape=phi-4-mini")))
     found = speed.run(tiny_base, tmp_path / "phi-4-mini.json", small("phi-4-mini"), cfg)
     assert (found["what"], found["source"]) == ("speed only, random weights", SHAPES["phi-4-mini"].source)
@@ -46,6 +54,9 @@ def test_report_says_that_weights_are_random(tiny_base: Path, tmp_path: Path) ->
     sizes = [variant["model_bytes"] for variant in found["variants"].values()]
     assert sizes[0] > 1.9 * sizes[1]  # float32, float16
     assert sizes[2] > sizes[3] > sizes[4]
+    by_clients = {name: variant["calls_per_s"] for name, variant in found["variants"].items()}
+    assert by_clients["torch-fp32"] is by_clients["torch-fp16"] is None
+    assert all(set(by_clients[name]) == {"1", "3"} and min(by_clients[name].values()) > 0 for name in ("int8", "int4"))
     assert all(variant["gpu_peak_bytes"] is None for variant in found["variants"].values())
 
 

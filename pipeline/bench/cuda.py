@@ -6,6 +6,8 @@ Imports nothing that needs a GPU.
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline import files
+
 FOLDERS = {  # of models
     "torch-fp32": "tuned",
     "torch-fp16": "cuda/torch-fp16",
@@ -22,19 +24,24 @@ def same_reply_fraction(replies: Sequence[str], on_cpu: Sequence[str]) -> float:
     return sum(one == other for one, other in zip(replies, on_cpu, strict=True)) / len(replies)
 
 
-def require_parity(variant: str, fraction: float, least: float) -> None:
+def require_parity(variant: str, fraction: float, least: float, whose: str = "the CPU's reply") -> None:
     """Raises RuntimeError below `least`: some GPUs compute garbage, and fast (onnxruntime-genai#2291)."""
     if fraction < least:
         raise RuntimeError(
-            f"{variant} gives the CPU's reply on {fraction:.2%} of the requests; "
+            f"{variant} gives {whose} on {fraction:.2%} of the requests; "
             f"evaluate.min_same_reply_fraction asks for {least:.2%}: no number of this GPU is written"
         )
 
 
-def require_evaluated(report: Path) -> None:
-    """Raises RuntimeError where `evaluate`, which holds the gate, has written nothing."""
+def require_evaluated(report: Path, gpu: str) -> float:
+    """The least share of equal replies that this GPU had to have there.
+
+    Raises RuntimeError where `evaluate`, which holds the gate, has written nothing, or on another GPU than `gpu`.
+    """
+    first = f"first python -m pipeline.evaluate variant={report.stem} evaluate.device=cuda"
     if not report.exists():
-        raise RuntimeError(
-            f"no {report}: a GPU is measured once its replies were compared with the CPU's; first "
-            f"python -m pipeline.evaluate variant={report.stem} evaluate.device=cuda"
-        )
+        raise RuntimeError(f"no {report}: a GPU is measured once its replies were compared with the CPU's; {first}")
+    found = files.read_json(report)
+    if found["gpu"] != gpu:
+        raise RuntimeError(f"{report} is of {found['gpu']}, and this is {gpu}; {first}")
+    return float(found["min_same_reply_fraction"])

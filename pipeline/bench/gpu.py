@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,9 @@ import pynvml
 @dataclass(frozen=True)
 class Sample:
     memory_bytes: int
-    utilisation_fraction: float  # of NVML's last period (up to a second) in which any kernel ran, of any process
-    power_w: float | None  # None where the GPU does not say
+    # Of NVML's last period (up to a second) in which any kernel ran, of any process. None where the GPU does not say.
+    utilisation_fraction: float | None
+    power_w: float | None
 
 
 class Gpu:
@@ -49,12 +50,22 @@ class Gpu:
         return float(clock_mhz * 1e6 * 2 * self._nvml.nvmlDeviceGetMemoryBusWidth(self._handle) / 8)
 
     def sample(self) -> Sample:
+        power_mw = self._offered(self._nvml.nvmlDeviceGetPowerUsage)
+        used = self._offered(self._nvml.nvmlDeviceGetUtilizationRates)
+        return Sample(
+            self._memory_bytes(),
+            None if used is None else used.gpu / 100,
+            None if power_mw is None else power_mw / 1000,
+        )
+
+    def _offered(self, ask: Callable[[Any], Any]) -> Any:
+        """None where this GPU, or a part of one (MIG), does not say."""
         try:
-            power_w = self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000
-        except self._nvml.NVMLError:  # not offered by every GPU
-            power_w = None
-        used_percent = self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu
-        return Sample(self._memory_bytes(), used_percent / 100, power_w)
+            return ask(self._handle)
+        except self._nvml.NVMLError as error:
+            if error.value not in (pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_NO_PERMISSION):
+                raise
+            return None
 
     def _memory_bytes(self) -> int:
         """This process's; where NVML does not list it, as in a container, what came on the GPU since the beginning."""
@@ -85,9 +96,13 @@ class Gpu:
 
 def measures(alone: Sequence[Sample], busy: Sequence[Sample]) -> dict[str, Any]:
     """`alone`: while the model was loaded and answered one client. `busy`: under the load of the most clients."""
-    powers = [sample.power_w for sample in busy if sample.power_w is not None]
     return {
         "gpu_peak_bytes": max(sample.memory_bytes for sample in alone),
-        "gpu_utilisation_fraction": sum(sample.utilisation_fraction for sample in busy) / len(busy),
-        "gpu_power_w": sum(powers) / len(powers) if powers else None,
+        "gpu_utilisation_fraction": _mean([sample.utilisation_fraction for sample in busy]),
+        "gpu_power_w": _mean([sample.power_w for sample in busy]),
     }
+
+
+def _mean(found: Sequence[float | None]) -> float | None:
+    said = [value for value in found if value is not None]
+    return sum(said) / len(said) if said else None

@@ -78,7 +78,7 @@ def ladder(found: dict[str, Any], cost: dict[str, Any]) -> pd.DataFrame:
                 **{f"calls/s at {row['concurrency']}": f"{row['calls_per_s']:.1f}" for row in bench["by_concurrency"]},
                 "MB on disk": f"{bench['model_bytes'] / 1e6:.0f}",
                 "GPU peak MB": f"{bench['gpu_peak_bytes'] / 1e6:.0f}",
-                "GPU busy": f"{bench['gpu_utilisation_fraction']:.0%}",
+                "GPU busy": _share(bench["gpu_utilisation_fraction"]),
                 "W": "" if bench["gpu_power_w"] is None else f"{bench['gpu_power_w']:.0f}",
                 "of the memory's bandwidth": f"{bench['bandwidth_fraction']:.1%}",
                 "USD per million tokens": f"{priced['usd_per_million_tokens']:.3f}",
@@ -90,20 +90,26 @@ def ladder(found: dict[str, Any], cost: dict[str, Any]) -> pd.DataFrame:
 
 def speed(shape: dict[str, Any]) -> pd.DataFrame:
     base = shape["variants"][BASELINE]
-    return pd.DataFrame(
-        [
-            {
-                "variant": name,
-                "p50 ms": f"{1e3 * made['call_s']['p50']:.1f}",
-                "p95 ms": f"{1e3 * made['call_s']['p95']:.1f}",
-                "faster": f"{base['call_s']['p50'] / made['call_s']['p50']:.2f}x",
-                "tokens/s": f"{made['decode_tokens_per_s']:.0f}",
-                "MB on disk": f"{made['model_bytes'] / 1e6:.0f}",
-                "GPU peak MB": "" if made["gpu_peak_bytes"] is None else f"{made['gpu_peak_bytes'] / 1e6:.0f}",
-            }
-            for name, made in shape["variants"].items()
-        ]
-    )
+    rows = [
+        {
+            "variant": name,
+            "p50 ms": f"{1e3 * made['call_s']['p50']:.1f}",
+            "p95 ms": f"{1e3 * made['call_s']['p95']:.1f}",
+            "p99 ms": f"{1e3 * made['call_s']['p99']:.1f}",
+            "faster": f"{base['call_s']['p50'] / made['call_s']['p50']:.2f}x",
+            "tokens/s": f"{made['decode_tokens_per_s']:.0f}",
+            **{f"calls/s at {n}": f"{found:.1f}" for n, found in (made["calls_per_s"] or {}).items()},
+            "MB on disk": f"{made['model_bytes'] / 1e6:.0f}",
+            "GPU peak MB": "" if made["gpu_peak_bytes"] is None else f"{made['gpu_peak_bytes'] / 1e6:.0f}",
+            "GPU busy": _share(made.get("gpu_utilisation_fraction")),
+        }
+        for name, made in shape["variants"].items()
+    ]
+    return pd.DataFrame(rows).fillna("")
+
+
+def _share(fraction: float | None) -> str:
+    return "" if fraction is None else f"{fraction:.0%}"
 
 
 def _how(found: dict[str, Any]) -> str:

@@ -15,8 +15,8 @@ class Nvml:
 
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVMLError = pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM, pynvml.NVMLError
 
-    def __init__(self, processes: list[tuple[int, int | None]] | None = None, has_power: bool = True) -> None:
-        self.processes, self.has_power, self.used_bytes, self.opened = processes or [], has_power, 1000, ""
+    def __init__(self, processes: list[tuple[int, int | None]] | None = None, is_whole: bool = True) -> None:
+        self.processes, self.is_whole, self.used_bytes, self.opened = processes or [], is_whole, 1000, ""
 
     def nvmlInit(self) -> None:  # noqa: N802
         pass
@@ -45,11 +45,13 @@ class Nvml:
         return 5120
 
     def nvmlDeviceGetPowerUsage(self, _handle: str) -> int:  # noqa: N802
-        if not self.has_power:
+        if not self.is_whole:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         return 350_000
 
     def nvmlDeviceGetUtilizationRates(self, _handle: str) -> Any:  # noqa: N802
+        if not self.is_whole:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         return SimpleNamespace(gpu=40, memory=10)
 
     def nvmlDeviceGetComputeRunningProcesses(self, _handle: str) -> list[Any]:  # noqa: N802
@@ -77,10 +79,10 @@ def test_the_first_visible_gpu_is_watched(monkeypatch: pytest.MonkeyPatch, visib
 def test_memory_is_this_process_own_or_what_came_on_the_gpu_where_none_is_listed() -> None:
     nvml = Nvml([(1, 5000), (os.getpid(), 700)])
     assert Gpu(nvml).sample() == Sample(700, 0.4, 350.0)
-    hidden = Nvml([(os.getpid(), None)], has_power=False)
+    hidden = Nvml([(os.getpid(), None)], is_whole=False)
     gpu = Gpu(hidden)
     hidden.used_bytes += 300
-    assert gpu.sample() == Sample(300, 0.4, None)
+    assert gpu.sample() == Sample(300, None, None)
 
 
 def test_watch_samples_until_the_block_ends() -> None:
@@ -96,6 +98,7 @@ def test_measures_are_the_peak_alone_and_means_under_load() -> None:
         "gpu_peak_bytes": 900, "gpu_utilisation_fraction": 0.75, "gpu_power_w": 200.0
     }  # fmt: skip
     assert measures(alone, alone)["gpu_power_w"] is None
+    assert measures(alone, [Sample(1, None, None)])["gpu_utilisation_fraction"] is None
 
 
 def test_a_machine_without_nvml_is_refused() -> None:

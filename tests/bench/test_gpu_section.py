@@ -100,10 +100,15 @@ def test_variants_of_two_gpus_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_sizes_are_called_what_they_are(tmp_path: Path) -> None:
-    made = PEAKS | {"call_s": {"p50": 0.2, "p95": 0.3}, "decode_tokens_per_s": 90.0}
-    shape = {"shape": "phi-4-mini", "source": "https://example.org", "variants": {"torch-fp32": made, "int8": made}}
+    made = PEAKS | {"call_s": {"p50": 0.2, "p95": 0.3, "p99": 0.4}, "decode_tokens_per_s": 90.0, "calls_per_s": None}
+    rows = made | {"calls_per_s": {"1": 5.0, "20": 61.3}, "gpu_utilisation_fraction": 0.34}
+    shape = {"shape": "phi-4-mini", "source": "https://example.org", "variants": {"torch-fp32": made, "int8": rows}}
     files.write_json(tmp_path / "benchmark/cuda/speed/phi-4-mini.json", shape)
     title, name, table = gpu_section.markdown(gpu_section.read(tmp_path), {}, "int8")
     assert title == "## Other sizes on a GPU: speed only, random weights"
     assert name.startswith("phi-4-mini")
     assert "1.00x" in table
+    assert "calls/s at 20" in table
+    assert "61.3" in table
+    assert "34%" in table
+    assert "nan" not in table
