@@ -99,10 +99,27 @@ class Params:
 def run(reports: Path, report: Path, cfg: CostConfig) -> dict[str, Any]:
     variants = price_all(reports, "", VARIANTS, cfg.machine, cfg)
     hosted = {**asdict(cfg.hosted), "usd_per_thousand_calls": 1000 * cfg.hosted.usd_per_call}
-    metrics = {"machine": facts(cfg.machine, cfg), "hosted": hosted, "variants": variants}
+    metrics = {
+        "machine": facts(cfg.machine, cfg),
+        "hosted": hosted,
+        "variants": variants,
+        "gpu_machines": [
+            {**facts(name, cfg), "gpus": cfg.machines[name].gpus, "calls_per_s_to_pay": to_pay(name, variants, cfg)}
+            for name in cfg.gpu_machines()
+        ],
+    }
     metrics |= on_gpu(reports, variants, cfg)
     files.write_json(report, metrics | {"provenance": provenance(cfg)})
     return metrics
+
+
+def to_pay(gpu: str, variants: dict[str, dict[str, Any]], cfg: CostConfig) -> dict[str, float]:
+    """Calls/s from which on a call costs less on the GPU machine than with each variant on cost.machine.
+
+    Both as busy. From prices and the CPU's speed alone: whether the GPU is that fast has to be measured.
+    """
+    ratio = cfg.machines[gpu].usd_per_hour / cfg.machines[cfg.machine].usd_per_hour
+    return {name: ratio * found["most_calls_per_day"] / 86_400 for name, found in variants.items()}
 
 
 def facts(machine: str, cfg: CostConfig) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def priced(reports: Path, cfg: CostConfig = CFG) -> dict[str, Any]:
 def test_without_a_gpu_there_is_nothing_about_one(tmp_path: Path) -> None:
     write(tmp_path, 1.0, *VARIANTS)
     found = priced(tmp_path)
-    assert set(found) == {"machine", "hosted", "variants"}
+    assert set(found) == {"machine", "hosted", "variants", "gpu_machines"}
     assert found["machine"] == {
         "name": "box", "usd_per_hour": 0.18, "provider": "P", "date": "2026-10", "source": "a list"
     }  # fmt: skip
@@ -54,6 +54,8 @@ def test_without_a_gpu_there_is_nothing_about_one(tmp_path: Path) -> None:
     assert int8["usd_per_million_tokens"] == pytest.approx(5.0)  # 20 tokens a call
     assert int8["usd_per_thousand_correct_calls"] == pytest.approx(0.125)
     assert int8["concurrency"] == 1  # two clients' p95 is 3 s
+    # five times the price of the box, which answers one call a second
+    assert found["gpu_machines"][0]["calls_per_s_to_pay"]["int8"] == pytest.approx(5.0)
 
 
 def test_gpu_is_priced_on_the_machine_that_has_it(tmp_path: Path) -> None:

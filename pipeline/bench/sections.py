@@ -122,13 +122,17 @@ def cost(found: Found, chosen: str, pictures: Pictures) -> list[str]:
     return [
         "## Cost",
         f"USD on {machine['name']} at {machine['usd_per_hour']} an hour ({machine['provider']}, {machine['date']}), "
-        f"with the throughput measured here, rented all the time and busy {tables.utilisation(found):.0%} of it. "
-        f"Day, month and year are for {tables.tokens_per_day(found):,.0f} generated tokens a day.",
+        f"taken to be as fast as the machine that was measured, rented all the time and busy "
+        f"{tables.utilisation(found):.0%} of it. Day, month and year are for {tables.tokens_per_day(found):,.0f} generated tokens a day.",
         f"{pictures['cost']} {pictures['cascade']}",
         table(tables.projection(found)),
         f"### With a larger model behind {chosen}",
         table(tables.cascade(found, chosen)),
         *_cascade_terms(found, chosen),
+        "### When a GPU would cost less",
+        f"From prices and {chosen}'s calls/s here alone, both as busy: the calls/s that one GPU machine has to answer "
+        f"before a call costs less on it than on {machine['name']}.",
+        table(tables.gpu_to_pay(found, chosen)),
     ]
 
 

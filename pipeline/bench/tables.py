@@ -186,6 +186,20 @@ def projection(cost: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame([row(name, cost["variants"][name]) for name in LADDER])
 
 
+def gpu_to_pay(cost: dict[str, Any], variant: str) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "GPU machine": gpu["name"],
+                "GPU": ", ".join(gpu["gpus"]),
+                "USD an hour": f"{gpu['usd_per_hour']:.2f}",
+                f"calls/s to cost less than {variant}": f"{gpu['calls_per_s_to_pay'][variant]:,.0f}",
+            }
+            for gpu in cost["gpu_machines"]
+        ]
+    )
+
+
 def hosted_is_reached(cost: dict[str, Any], variant: str) -> dict[str, Any] | None:
     """The fewest calls sent on with which `variant` is as often exact as the hosted model is taken to be."""
     steps: list[dict[str, Any]] = list(cost["variants"][variant]["cascade"].values())
