@@ -122,8 +122,9 @@ def cost(found: Found, chosen: str, pictures: Pictures) -> list[str]:
     return [
         "## Cost",
         f"USD on {machine['name']} at {machine['usd_per_hour']} an hour ({machine['provider']}, {machine['date']}), "
-        f"taken to be as fast as the machine that was measured, rented all the time and busy "
-        f"{tables.utilisation(found):.0%} of it. Day, month and year are for {tables.tokens_per_day(found):,.0f} generated tokens a day.",
+        "taken to be as fast as the machine that was measured, rented all the time and busy "
+        f"{tables.utilisation(found):.0%} of it. Day, month and year are for {tables.tokens_per_day(found):,.0f} "
+        "generated tokens a day.",
         f"{pictures['cost']} {pictures['cascade']}",
         table(tables.projection(found)),
         f"### With a larger model behind {chosen}",
