@@ -196,8 +196,25 @@ def test_call_that_is_forced_as_a_whole_ends(tokenizer: Tokenizer, choice: Choic
     runtime = NullRuntime([*grammar.opening, tokenizer.eos_token_id], len(tokenizer))
     prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "", choice)
     found = [token.id for token in generate(runtime, prompt, grammar, use)]
-    assert found == [*grammar.opening, tokenizer.eos_token_id]
+    assert found[-1] == tokenizer.eos_token_id
     assert str(tokenizer.decode(found[:-1])) == "<tool_call>Stop"
+
+
+def test_only_tool_on_offer_is_named_whatever_the_model_writes(tokenizer: Tokenizer) -> None:
+    """Once the marker was followed by another name than the only tool's, nothing held the reply."""
+    said = tokenizer.encode("<tool_call>Launch\ntarget: all", add_special_tokens=False)
+    runtime = NullRuntime([*said, tokenizer.eos_token_id], len(tokenizer))
+    prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "", max_new_tokens=40)
+    found = [token.id for token in generate(runtime, prompt, Grammar(tokenizer.vocabulary, TOOLS[:1]), GRAMMAR_ONLY)]
+    assert str(tokenizer.decode(found)).startswith(f"<tool_call>{TOOLS[0].name}")
+
+
+def test_marker_in_other_tokens_is_a_call_too(tokenizer: Tokenizer) -> None:
+    grammar = Grammar(tokenizer.vocabulary, TOOLS)
+    pieces = [tokenizer.encode(piece, add_special_tokens=False) for piece in ("<", "t", "ool_", "ca", "ll", ">")]
+    assert grammar.opens([token for piece in pieces for token in piece])
+    assert grammar.opens(grammar.opening)
+    assert not grammar.opens(grammar.opening[:-1])
 
 
 def test_forbidden_call_is_not_begun(tokenizer: Tokenizer) -> None:
