@@ -52,10 +52,11 @@ def test_page_is_one_small_file_that_needs_no_network(page: Path) -> None:
 
 
 def test_every_picture_of_the_folder_is_shown_once_with_its_title_and_figures_in_words(page: Path) -> None:
-    pictures = re.findall(r"!\[([^\]]+)\]\(plots/([a-z-]+\.png)\)", page.with_suffix(".md").read_text(encoding="utf-8"))
+    pictures = re.findall(r"!\[([^\]]+)\]\(([a-z0-9/-]+)\.png\)", page.with_suffix(".md").read_text(encoding="utf-8"))
     words = [text for text, _ in pictures]
-    assert sorted(name for _, name in pictures) == sorted(path.name for path in (page.parent / "plots").iterdir())
-    assert all(re.search(r"\d.*\. \S", text) for text in words)
+    plots = {name: text for text, name in pictures if name.startswith("plots/")}
+    assert sorted(plots) == sorted(f"plots/{path.stem}" for path in (page.parent / "plots").iterdir())
+    assert all(re.search(r"\d.*\. \S", text) for text in plots.values())
     assert len(set(words)) == len(words)
     shown = [html.unescape(text) for text in re.findall(r'<img [^>]*alt="([^"]+)"', page.read_text(encoding="utf-8"))]
     assert shown == words
