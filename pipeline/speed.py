@@ -150,15 +150,17 @@ def measure(folder: Path, cfg: SpeedConfig) -> dict[str, Any]:
             f"{folder.name}: a logit on {cfg.device} is {difference:.1%} of the largest from the CPU's; "
             f"speed.max_logit_difference_fraction allows {cfg.max_logit_difference_fraction:.1%}"
         )
+    with gpu.watch() if gpu else nullcontext([]) as busy:
+        by_clients = calls_per_s(folder, cfg, prefix, asked)
     return {
         "model_bytes": sum(p.stat().st_size for p in [*folder.glob("model.onnx*"), *folder.glob("*.safetensors")]),
         "call_s": percentiles([total_s for _, total_s in made]),
         "first_token_s": percentiles([first_s for first_s, _ in made]),
-        "calls_per_s": calls_per_s(folder, cfg, prefix, asked),
+        "calls_per_s": by_clients,
         "decode_tokens_per_s": (cfg.new_tokens - 1) * len(made) / max(1e-9, sum(b - a for a, b in made)),
         "peak_rss_bytes": peak,
         "gpu_peak_bytes": None,
-        **(measures(samples, samples) if gpu else {}),
+        **(measures(samples, busy if by_clients else []) if gpu else {}),
         "gpu": gpu.facts() if gpu else None,
         "logit_difference_fraction": difference,
     }
