@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 
 from pipeline import config, files
 from pipeline.bench import cuda
+from pipeline.bench.inputs import inputs_sha256
 from pipeline.bench.load import serve
 from pipeline.bench.statistics import percentiles
 from pipeline.provenance import provenance
@@ -138,7 +139,7 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
         "by_concurrency": by_concurrency,
         "ablation": ablation(caller, folder, device, requests, cfg) if held else [],
     }
-    origin = provenance((techniques, cfg))
+    origin = provenance((techniques, cfg)) | {"inputs_sha256": inputs_sha256(requests_file, folder)}
     if gpu:
         origin["machine"]["gpu"] = gpu.facts()
     files.write_json(report.with_suffix(".samples.json"), {"call_s": [reply.total_s for reply in made]})

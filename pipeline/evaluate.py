@@ -20,6 +20,7 @@ from tqdm import tqdm
 from pipeline import config, files
 from pipeline.bench import cuda
 from pipeline.bench.accuracy import Answer, measures, row
+from pipeline.bench.inputs import inputs_sha256
 from pipeline.bench.statistics import mcnemar_p
 from pipeline.provenance import provenance
 from pipeline.runtime.caller import ToolCaller
@@ -86,20 +87,23 @@ def run(paths: config.Paths, out: Path, variant: str, techniques: Techniques, cf
     log.info("%s: %d requests", variant, len(requests))
     use = techniques if variant in HELD or variant in cuda.HELD else PLAIN
     made = answers(paths, variant, requests, use, cfg)
+    replies_file = out.with_suffix(".replies.jsonl")
     gate = {}
     if cfg.device == "cuda":
         on_cpu = answers(paths, variant, requests, use, cfg, on_cpu=True)
         same = cuda.same_reply_fraction([answer.text for answer in made], [answer.text for answer in on_cpu])
-        out.unlink(missing_ok=True)  # of an earlier run, which may have passed
-        cuda.require_parity(variant, same, cfg.min_same_reply_fraction)
         gate = {
             "device": cfg.device,
             "gpu": gpu_name(),
             "same_reply_fraction_vs_cpu": same,
             "min_same_reply_fraction": cfg.min_same_reply_fraction,
+            "withheld": same < cfg.min_same_reply_fraction,
         }
+        if gate["withheld"]:  # the share alone is left, and nothing of an earlier run, which may have passed
+            replies_file.unlink(missing_ok=True)
+            files.write_json(out, {"variant": variant, **gate, "provenance": provenance((techniques, cfg))})
+        cuda.require_parity(variant, same, cfg.min_same_reply_fraction)
     rows = [row(request, answer) for request, answer in zip(requests, made, strict=True)]
-    replies_file = out.with_suffix(".replies.jsonl")
     metrics = {"variant": variant, **gate, **measures(requests, rows)}
     reference, precision = (cuda.REFERENCE, "fp16") if cfg.device == "cuda" else (REFERENCE, "fp32")
     if variant == reference:
@@ -107,7 +111,8 @@ def run(paths: config.Paths, out: Path, variant: str, techniques: Techniques, cf
     if variant in ("int8", "int4"):
         metrics[f"mcnemar_p_vs_{precision}"] = compare(out.with_name(f"{reference}.replies.jsonl"), rows)
     files.write_jsonl(replies_file, rows)
-    files.write_json(out, metrics | {"provenance": provenance((techniques, cfg))})
+    origin = provenance((techniques, cfg)) | {"inputs_sha256": inputs_sha256(cfg.requests, folder(paths, variant, cfg))}
+    files.write_json(out, metrics | {"provenance": origin})
     log.info("%s: %.1f%% exact", variant, 100 * metrics["exact_call_fraction"])
     return metrics
 
@@ -116,6 +121,13 @@ def gpu_name() -> str:
     from pipeline.bench.gpu import Gpu
 
     return str(Gpu().facts()["name"])
+
+
+def folder(paths: config.Paths, variant: str, cfg: EvaluateConfig) -> Path | None:
+    """Of its model; keyword has none."""
+    if variant == KEYWORD:
+        return None
+    return paths.models / (cuda.FOLDERS if cfg.device == "cuda" else FOLDERS)[variant]
 
 
 def answers(
@@ -127,13 +139,13 @@ def answers(
     on_cpu: bool = False,
 ) -> list[Answer]:
     """`on_cpu`: of the model for `cfg.device`, but on the CPU."""
-    if variant == KEYWORD:
+    model = folder(paths, variant, cfg)
+    if model is None:
         rules = parse_rules(files.read_json(paths.tools.with_name("keywords.json")))
         calls = [keyword_call(request.messages[-1]["content"], rules) for request in requests]
         return [Answer(replies.write_call(call) if call else "") for call in calls]
-    folder = paths.models / (cuda.FOLDERS if cfg.device == "cuda" else FOLDERS)[variant]
     device = "cpu" if on_cpu else cfg.device
-    caller = ToolCaller.load(folder, paths.tools, device, cfg.threads, techniques)
+    caller = ToolCaller.load(model, paths.tools, device, cfg.threads, techniques)
     if techniques == PLAIN and isinstance(caller.runtime, RowsRuntime):
         return together(caller, caller.runtime, requests, cfg)
     made = (caller.reply(r.messages, r.tools, cfg.max_new_tokens) for r in tqdm(requests, desc=variant, mininterval=5))

@@ -89,17 +89,27 @@ def require_all(reports: Path) -> None:
 
 
 def require_one_run(found: dict[str, Any]) -> None:
-    """Raises ValueError where variants were scored or timed with different settings, or on different machines."""
+    """Raises ValueError where variants were scored or timed with different settings or requests, on different
+    machines, or one of them as two different models.
+    """
     runs: dict[str, dict[tuple[object, ...], list[str]]] = {"evaluate": {}, "benchmark": {}}
     for stage, seen in runs.items():
         for name in LADDER:
             origin = found[stage][name]["provenance"]
             machine = (origin["machine"]["cpu"], origin["machine"]["cores"]) if stage == "benchmark" else ()
-            seen.setdefault((origin["settings_sha256"], *machine), []).append(name)
+            same = origin["settings_sha256"], origin["inputs_sha256"]["requests"], *machine
+            seen.setdefault(same, []).append(name)
         if len(seen) > 1:
             raise ValueError(
-                f"reports/{stage} is of different runs (settings or machines): "
+                f"reports/{stage} is of different runs (settings, requests or machines): "
                 f"{' / '.join(', '.join(names) for names in seen.values())}; dvc repro -s -f {stage} makes them anew"
+            )
+    for name in LADDER:
+        inputs = [found[stage][name]["provenance"]["inputs_sha256"] for stage in runs]
+        if differ := [key for key in ("model", "requests") if inputs[0][key] != inputs[1][key]]:
+            raise ValueError(
+                f"reports/benchmark/{name}.json is of another {' and '.join(differ)} than "
+                f"reports/evaluate/{name}.json; dvc repro -s -f evaluate@{name} benchmark@{name} makes them anew"
             )
 
 

@@ -50,7 +50,7 @@ class SpeedConfig:
     warmup_calls: int
     calls: int
     clients: list[int]
-    max_logit_difference_fraction: float  # from the CPU, of the largest logit; above it nothing is written
+    max_logit_difference_fraction: float  # of the largest logit: from the CPU's, and of many together from one's
 
     def __post_init__(self) -> None:
         config.require_one_of("speed.shape", self.shape, list(SHAPES))
@@ -88,6 +88,7 @@ def run(tokenizer: Path, report: Path, shape: Shape, cfg: SpeedConfig) -> dict[s
         "shape": cfg.shape,
         "source": shape.source,
         "device": cfg.device,
+        "new_tokens": cfg.new_tokens,
         "variants": variants,
     }
     files.write_json(report, metrics | {"provenance": provenance(cfg)})
@@ -132,7 +133,11 @@ def _quantize(fused: Path, out: Path, settings: Mapping[str, Any], rows: onnx_qu
 
 
 def measure(folder: Path, cfg: SpeedConfig) -> dict[str, Any]:
-    """In a process of its own. Raises RuntimeError where the logits on the device are not those on the CPU."""
+    """In a process of its own.
+
+    Raises RuntimeError where the logits on the device are not those on the CPU, or those of many requests together
+    not those of one.
+    """
     vocabulary = int(files.read_json(folder / "config.json")["vocab_size"])
     tokens = np.random.default_rng(0).integers(1, vocabulary, cfg.prefix_tokens + cfg.request_tokens).tolist()
     prefix, asked = tokens[: cfg.prefix_tokens], tokens[cfg.prefix_tokens :]
@@ -144,19 +149,15 @@ def measure(folder: Path, cfg: SpeedConfig) -> dict[str, Any]:
     made = made[cfg.warmup_calls :]
     found = logits_after(runtime, asked)
     on_cpu = logits_after(load_runtime(folder, "cpu", cfg.threads, prefixes=1), asked) if gpu else found
-    difference = float(np.abs(found - on_cpu).max() / np.abs(on_cpu).max())
-    if not difference <= cfg.max_logit_difference_fraction:  # NaN is more too
-        raise RuntimeError(
-            f"{folder.name}: a logit on {cfg.device} is {difference:.1%} of the largest from the CPU's; "
-            f"speed.max_logit_difference_fraction allows {cfg.max_logit_difference_fraction:.1%}"
-        )
+    difference = require_close(f"{folder.name}, on {cfg.device} and on the CPU", found, on_cpu, cfg)
     with gpu.watch() if gpu else nullcontext([]) as busy:
         by_clients = calls_per_s(folder, cfg, prefix, asked)
+    one_at_a_time = 1 / statistics.mean(total_s for _, total_s in made)
     return {
         "model_bytes": sum(p.stat().st_size for p in [*folder.glob("model.onnx*"), *folder.glob("*.safetensors")]),
         "call_s": percentiles([total_s for _, total_s in made]),
         "first_token_s": percentiles([first_s for first_s, _ in made]),
-        "calls_per_s": by_clients,
+        "calls_per_s": by_clients or {str(clients): one_at_a_time for clients in cfg.clients},
         "decode_tokens_per_s": (cfg.new_tokens - 1) * len(made) / max(1e-9, sum(b - a for a, b in made)),
         "peak_rss_bytes": peak,
         "gpu_peak_bytes": None,
@@ -166,14 +167,17 @@ def measure(folder: Path, cfg: SpeedConfig) -> dict[str, Any]:
     }
 
 
-def calls_per_s(folder: Path, cfg: SpeedConfig, prefix: list[int], asked: list[int]) -> dict[str, float] | None:
+def calls_per_s(folder: Path, cfg: SpeedConfig, prefix: list[int], asked: list[int]) -> dict[str, float]:
     """By clients, whose calls begin and end together, each with a row of the KV cache; median of three.
 
-    None for PyTorch, whose runtimes take one request at a time here.
+    Nothing for PyTorch, whose runtimes take one request at a time here.
+    Raises RuntimeError where a row of many has other logits than one alone.
     """
     if not (folder / "model.onnx").exists():
-        return None
+        return {}
     runtime = CudaRowsRuntime(folder, cfg.device, cfg.threads, max(cfg.clients))
+    alone, rows = (logits_together(runtime, prefix, asked, n) for n in (1, max(cfg.clients)))
+    require_close(f"{folder.name}, {len(rows)} requests together and one", rows, alone, cfg)
     found = {}
     for clients in cfg.clients:
         made = [calls_together_s(runtime, prefix, asked, cfg.new_tokens, clients) for _ in range(4)]
@@ -193,6 +197,28 @@ def calls_together_s(runtime: CudaRowsRuntime, prefix: list[int], asked: list[in
     for row in rows:
         runtime.leave(row)
     return time.perf_counter() - start
+
+
+def logits_together(runtime: CudaRowsRuntime, prefix: list[int], asked: list[int], n: int) -> NDArray[np.float32]:
+    """(n, vocabulary): of `n` requests that read `asked` and then, in one step, a token each."""
+    runtime.begin(prefix)
+    rows = [runtime.join() for _ in range(n)]
+    runtime.step_together([(row, Step(asked, [], len(prefix))) for row in rows])
+    logits = runtime.step_together([(row, Step(asked[:1], [], len(prefix) + len(asked))) for row in rows])
+    for row in rows:
+        runtime.leave(row)
+    return np.concatenate(logits)
+
+
+def require_close(whose: str, found: NDArray[np.float32], wanted: NDArray[np.float32], cfg: SpeedConfig) -> float:
+    """Their largest difference, as a share of the largest logit. Raises RuntimeError where that is too large."""
+    difference = float(np.abs(found - wanted).max() / np.abs(wanted).max())
+    if not difference <= cfg.max_logit_difference_fraction:  # NaN is more too
+        raise RuntimeError(
+            f"{whose}: logits are {difference:.1%} of the largest apart; "
+            f"speed.max_logit_difference_fraction allows {cfg.max_logit_difference_fraction:.1%}"
+        )
+    return difference
 
 
 def measures(alone: list[Any], busy: list[Any]) -> dict[str, Any]:

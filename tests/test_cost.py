@@ -29,7 +29,7 @@ def write(reports: Path, calls_per_s: float, *names: str, gpu: str | None = None
     replies = [reply | {"outcome": outcome} for outcome in ("exact", "exact", "exact", "exact", "wrong_tool")]
     for name in names:
         files.write_json(reports / f"benchmark/{folder}{name}.json", {"by_concurrency": levels, "provenance": where})
-        files.write_json(reports / f"evaluate/{folder}{name}.json", {"exact_call_fraction": 0.8})
+        files.write_json(reports / f"evaluate/{folder}{name}.json", {"exact_call_fraction": 0.8, "withheld": False})
         files.write_jsonl(reports / f"evaluate/{folder}{name}.replies.jsonl", replies)
 
 

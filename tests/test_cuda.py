@@ -100,19 +100,24 @@ def test_no_number_is_written_where_replies_differ(paths: config.Paths, monkeypa
     monkeypatch.setattr(ToolCaller, "reply", garbage)
     with pytest.raises(RuntimeError, match=r"fused-fp16 gives the CPU's reply on 0\.00% of the requests"):
         scored(paths)
-    assert not (paths.reports / "evaluate/cuda/fused-fp16.json").exists()
+    found = files.read_json(paths.reports / "evaluate/cuda/fused-fp16.json")
+    assert (found["withheld"], found["same_reply_fraction_vs_cpu"]) == (True, 0.0)
+    assert "exact_call_fraction" not in found
+    assert not (paths.reports / "evaluate/cuda/fused-fp16.replies.jsonl").exists()
     cfg = load(benchmark.Params, "benchmark.device=cuda", "variant=fused-fp16").benchmark
-    with pytest.raises(
-        RuntimeError, match=r"first python -m pipeline\.evaluate variant=fused-fp16 evaluate\.device=cuda"
-    ):
+    with pytest.raises(RuntimeError, match=r"fused-fp16 gives the CPU's reply on 0\.00% of the requests"):
         benchmark.run(paths, paths.reports / "benchmark", "fused-fp16", ALL, cfg)
 
 
 @pytest.mark.usefixtures("cpu_as_gpu")
 def test_gpu_is_measured_only_where_it_was_compared(paths: config.Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load(benchmark.Params, "benchmark.device=cuda", "variant=fused-fp16").benchmark
+    with pytest.raises(
+        RuntimeError, match=r"first python -m pipeline\.evaluate variant=fused-fp16 evaluate\.device=cuda"
+    ):
+        benchmark.run(paths, paths.reports / "benchmark", "fused-fp16", ALL, cfg)
     monkeypatch.setattr(evaluate, "gpu_name", lambda: "NVIDIA H200")
     scored(paths)
-    cfg = load(benchmark.Params, "benchmark.device=cuda", "variant=fused-fp16").benchmark
     with pytest.raises(RuntimeError, match=r"is of NVIDIA H200, and this is NVIDIA H100; first python -m"):
         benchmark.run(paths, paths.reports / "benchmark", "fused-fp16", ALL, cfg)
 

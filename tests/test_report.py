@@ -55,7 +55,8 @@ def test_ablation_table_has_a_column_for_each_variant_with_techniques() -> None:
 def test_reports_of_two_runs_are_refused_by_name() -> None:
     def made(stage: str, name: str) -> dict[str, Any]:
         here = {"cpu": "X", "cores": 64 if (stage, name) == ("benchmark", "int4") else 2}
-        return {"provenance": {"settings_sha256": "0", "machine": here}}
+        inputs = {"requests": "r", "model": name}
+        return {"provenance": {"settings_sha256": "0", "machine": here, "inputs_sha256": inputs}}
 
     found = {stage: {name: made(stage, name) for name in LADDER} for stage in ("evaluate", "benchmark")}
     with pytest.raises(ValueError, match=r"reports/benchmark is of different runs .*fused-fp32, int8 / int4"):
@@ -63,5 +64,16 @@ def test_reports_of_two_runs_are_refused_by_name() -> None:
     found["benchmark"]["int4"] = found["benchmark"]["int8"]
     require_one_run(found)
     found["evaluate"]["int8"] = {"provenance": {**found["evaluate"]["int8"]["provenance"], "settings_sha256": "1"}}
-    with pytest.raises(ValueError, match="reports/evaluate"):
+    with pytest.raises(ValueError, match="reports/evaluate is of different runs"):
+        require_one_run(found)
+
+
+@pytest.mark.parametrize("key", ["model", "requests"])
+def test_figures_of_two_models_or_of_other_requests_are_refused(key: str) -> None:
+    def made(at: str) -> dict[str, Any]:
+        inputs = {"requests": "r", "model": "m"} | {key: at}
+        return {"provenance": {"settings_sha256": "0", "machine": {"cpu": "X", "cores": 2}, "inputs_sha256": inputs}}
+
+    found = {stage: {name: made(stage) for name in LADDER} for stage in ("evaluate", "benchmark")}
+    with pytest.raises(ValueError, match=rf"torch-fp32\.json is of another {key} than .* benchmark@torch-fp32"):
         require_one_run(found)

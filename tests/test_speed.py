@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from pipeline import config, speed
 from pipeline.model.shape import SHAPES
+from pipeline.runtime.cuda_rows import CudaRowsRuntime
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"vocab_size": 300, "hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 1}
@@ -55,9 +56,20 @@ def test_report_says_that_weights_are_random(tiny_base: Path, tmp_path: Path) ->
     assert sizes[0] > 1.9 * sizes[1]  # float32, float16
     assert sizes[2] > sizes[3] > sizes[4]
     by_clients = {name: variant["calls_per_s"] for name, variant in found["variants"].items()}
-    assert by_clients["torch-fp32"] is by_clients["torch-fp16"] is None
-    assert all(set(by_clients[name]) == {"1", "3"} and min(by_clients[name].values()) > 0 for name in ("int8", "int4"))
+    assert all(set(found) == {"1", "3"} and min(found.values()) > 0 for found in by_clients.values())
+    assert by_clients["torch-fp32"]["1"] == by_clients["torch-fp32"]["3"]  # one request at a time
     assert all(variant["gpu_peak_bytes"] is None for variant in found["variants"].values())
+
+
+def test_rows_that_are_not_what_one_request_gets_are_refused(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed.make(tmp_path, tiny_base, small("qwen2.5-0.5b"), block_size=32)
+    cfg = load("speed.device=cpu", "speed.threads=1", "speed.clients=[1,3]")
+    apart = CudaRowsRuntime._one_each
+    monkeypatch.setattr(CudaRowsRuntime, "_one_each", lambda self, new: apart(self, new) * (1 + 0.1 * (len(new) > 1)))
+    with pytest.raises(RuntimeError, match=r"int8, 3 requests together and one: logits are 10\.0% .* apart"):
+        speed.calls_per_s(tmp_path / "int8", cfg, [1, 2, 3], [4, 5])
 
 
 @pytest.mark.parametrize(

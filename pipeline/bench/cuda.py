@@ -36,7 +36,8 @@ def require_parity(variant: str, fraction: float, least: float, whose: str = "th
 def require_evaluated(report: Path, gpu: str) -> float:
     """The least share of equal replies that this GPU had to have there.
 
-    Raises RuntimeError where `evaluate`, which holds the gate, has written nothing, or on another GPU than `gpu`.
+    Raises RuntimeError where `evaluate`, which holds the gate, has written nothing, or on another GPU than `gpu`, or
+    that too few replies are equal.
     """
     first = f"first python -m pipeline.evaluate variant={report.stem} evaluate.device=cuda"
     if not report.exists():
@@ -44,4 +45,5 @@ def require_evaluated(report: Path, gpu: str) -> float:
     found = files.read_json(report)
     if found["gpu"] != gpu:
         raise RuntimeError(f"{report} is of {found['gpu']}, and this is {gpu}; {first}")
+    require_parity(report.stem, found["same_reply_fraction_vs_cpu"], found["min_same_reply_fraction"])
     return float(found["min_same_reply_fraction"])

@@ -7,6 +7,7 @@ import pandas as pd
 
 from pipeline import files
 from pipeline.bench.cuda import FOLDERS
+from pipeline.bench.price import usd_per_million_tokens
 
 BASELINE = "torch-fp32"
 
@@ -14,12 +15,17 @@ BASELINE = "torch-fp32"
 def read(reports: Path) -> dict[str, Any]:
     """What the stages of pipeline/cuda/dvc.yaml wrote: by variant, and by shape under `speed`.
 
+    `withheld`: the evaluate reports of variants that failed the gate, of which nothing else is shown.
+
     Raises ValueError where variants were measured on different GPUs or with different settings.
     """
     evaluated, measured = reports / "evaluate/cuda", reports / "benchmark/cuda"
-    names = [n for n in FOLDERS if all((folder / f"{n}.json").exists() for folder in (evaluated, measured))]
+    scored = {n: files.read_json(evaluated / f"{n}.json") for n in FOLDERS if (evaluated / f"{n}.json").exists()}
+    withheld = {name: of for name, of in scored.items() if of["withheld"]}
+    names = [name for name in scored if name not in withheld and (measured / f"{name}.json").exists()]
     found: dict[str, Any] = {
-        "evaluate": {name: files.read_json(evaluated / f"{name}.json") for name in names},
+        "withheld": withheld,
+        "evaluate": {name: scored[name] for name in names},
         "benchmark": {name: files.read_json(measured / f"{name}.json") for name in names},
         "speed": [files.read_json(path) for path in sorted((measured / "speed").glob("*.json"))],
     }
@@ -40,7 +46,7 @@ def markdown(found: dict[str, Any], cost: dict[str, Any], on_cpu: str) -> list[s
 
     Raises ValueError where `cost` (reports/cost.json) is from before the GPU was measured.
     """
-    parts = []
+    parts = ["## On a GPU"] if found["benchmark"] or found["withheld"] else []
     if found["benchmark"]:
         unpriced = [name for name in found["benchmark"] if name not in cost.get("gpu_variants", {})]
         if unpriced:
@@ -49,15 +55,23 @@ def markdown(found: dict[str, Any], cost: dict[str, Any], on_cpu: str) -> list[s
             )
         columns = ladder(found, cost).set_index("variant").T  # of so many figures, rows fit a page
         parts += [
-            "## On a GPU",
             str(columns.to_markdown(disable_numparse=True)),
             _how(found),
             _break_even(found, cost, on_cpu),
         ]
+    parts += [
+        f"Withheld: on {of['gpu']}, {name} gives the CPU's reply on {of['same_reply_fraction_vs_cpu']:.1%} of the "
+        f"requests, where {of['min_same_reply_fraction']:.1%} are asked for."
+        for name, of in found["withheld"].items()
+    ]
     if found["speed"]:
         parts += ["## Other sizes on a GPU: speed only, random weights"]
         for shape in found["speed"]:
-            parts += [f"{shape['shape']} (`{shape['source']}`):", _table(speed(shape))]
+            parts += [f"{shape['shape']} (`{shape['source']}`):", _table(speed(shape, cost))]
+        parts += [
+            "PyTorch answers one request at a time, whatever the number of clients. A million generated tokens is "
+            "priced at the number of clients with the most calls a second, on a machine as busy as above."
+        ]
     return parts
 
 
@@ -88,8 +102,16 @@ def ladder(found: dict[str, Any], cost: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def speed(shape: dict[str, Any]) -> pd.DataFrame:
+def speed(shape: dict[str, Any], cost: dict[str, Any]) -> pd.DataFrame:
     base = shape["variants"][BASELINE]
+
+    def usd(made: dict[str, Any]) -> str:
+        if "gpu_machine" not in cost:
+            return ""
+        tokens_per_s = shape["new_tokens"] * max(made["calls_per_s"].values())
+        per_hour, utilisation = cost["gpu_machine"]["usd_per_hour"], cost["gpu_break_even"]["utilisation"]
+        return f"{usd_per_million_tokens(per_hour, tokens_per_s, utilisation):.3f}"
+
     rows = [
         {
             "variant": name,
@@ -98,14 +120,15 @@ def speed(shape: dict[str, Any]) -> pd.DataFrame:
             "p99 ms": f"{1e3 * made['call_s']['p99']:.1f}",
             "faster": f"{base['call_s']['p50'] / made['call_s']['p50']:.2f}x",
             "tokens/s": f"{made['decode_tokens_per_s']:.0f}",
-            **{f"calls/s at {n}": f"{found:.1f}" for n, found in (made["calls_per_s"] or {}).items()},
+            **{f"calls/s at {n}": f"{found:.1f}" for n, found in made["calls_per_s"].items()},
             "MB on disk": f"{made['model_bytes'] / 1e6:.0f}",
             "GPU peak MB": "" if made["gpu_peak_bytes"] is None else f"{made['gpu_peak_bytes'] / 1e6:.0f}",
             "GPU busy": _share(made.get("gpu_utilisation_fraction")),
+            "USD per million tokens": usd(made),
         }
         for name, made in shape["variants"].items()
     ]
-    return pd.DataFrame(rows).fillna("")
+    return pd.DataFrame(rows)
 
 
 def _share(fraction: float | None) -> str:

@@ -11,7 +11,12 @@ PEAKS = {"gpu_peak_bytes": 2_000_000_000, "model_bytes": 500_000_000}
 
 
 def evaluated() -> dict[str, Any]:
-    return {"exact_call_fraction": 0.72, "exact_call_ci95": [0.68, 0.76], "same_reply_fraction_vs_cpu": 0.995}
+    return {
+        "exact_call_fraction": 0.72,
+        "exact_call_ci95": [0.68, 0.76],
+        "same_reply_fraction_vs_cpu": 0.995,
+        "withheld": False,
+    }
 
 
 def measured(p50_s: float, gpu: str = "NVIDIA H200") -> dict[str, Any]:
@@ -100,11 +105,20 @@ def test_variants_of_two_gpus_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_sizes_are_called_what_they_are(tmp_path: Path) -> None:
-    made = PEAKS | {"call_s": {"p50": 0.2, "p95": 0.3, "p99": 0.4}, "decode_tokens_per_s": 90.0, "calls_per_s": None}
+    made = PEAKS | {
+        "call_s": {"p50": 0.2, "p95": 0.3, "p99": 0.4},
+        "decode_tokens_per_s": 90.0,
+        "calls_per_s": {"1": 4.9, "20": 4.9},
+    }
     rows = made | {"calls_per_s": {"1": 5.0, "20": 61.3}, "gpu_utilisation_fraction": 0.34}
-    shape = {"shape": "phi-4-mini", "source": "https://example.org", "variants": {"torch-fp32": made, "int8": rows}}
+    shape = {
+        "shape": "phi-4-mini",
+        "source": "https://example.org",
+        "new_tokens": 10,
+        "variants": {"torch-fp32": made, "int8": rows},
+    }
     files.write_json(tmp_path / "benchmark/cuda/speed/phi-4-mini.json", shape)
-    title, name, table = gpu_section.markdown(gpu_section.read(tmp_path), {}, "int8")
+    title, name, table, _how = gpu_section.markdown(gpu_section.read(tmp_path), {}, "int8")
     assert title == "## Other sizes on a GPU: speed only, random weights"
     assert name.startswith("phi-4-mini")
     assert "1.00x" in table
@@ -112,3 +126,20 @@ def test_other_sizes_are_called_what_they_are(tmp_path: Path) -> None:
     assert "61.3" in table
     assert "34%" in table
     assert "nan" not in table
+    priced = gpu_section.speed(gpu_section.read(tmp_path)["speed"][0], cost())
+    # 5 USD an hour, busy half of it: 613 and 49 tokens/s make 1.1034 and 0.0882 million tokens
+    assert list(priced["USD per million tokens"]) == ["56.689", "4.531"]
+
+
+def test_a_variant_below_the_gate_shows_its_share_alone(tmp_path: Path) -> None:
+    write(tmp_path, int8=measured(0.1), int4=measured(0.1))
+    gate = {"gpu": "NVIDIA H200", "same_reply_fraction_vs_cpu": 0.424, "min_same_reply_fraction": 0.99}
+    files.write_json(tmp_path / "evaluate/cuda/int4.json", gate | {"withheld": True})
+    found = gpu_section.read(tmp_path)
+    assert list(found["benchmark"]) == ["int8"]
+    said = "Withheld: on NVIDIA H200, int4 gives the CPU's reply on 42.4% of the requests, where 99.0% are asked for."
+    priced = cost()
+    priced["gpu_break_even"]["variants"] = {"int8": priced["gpu_break_even"]["variants"]["int4"]}
+    assert gpu_section.markdown(found, priced, "int8")[-1] == said
+    (tmp_path / "benchmark/cuda/int8.json").unlink()
+    assert gpu_section.markdown(gpu_section.read(tmp_path), {}, "int8") == ["## On a GPU", said]

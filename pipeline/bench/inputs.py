@@ -1,0 +1,16 @@
+"""What a figure is of, so that a report can refuse figures of different models or requests."""
+
+import hashlib
+from pathlib import Path
+
+from pipeline import files
+
+
+def inputs_sha256(requests: Path, folder: Path | None) -> dict[str, str]:
+    """Of the file of requests, and of the weights in the model's folder, where there is a model."""
+    found = {"requests": files.sha256(requests)}
+    if folder:
+        weights = sorted([*folder.glob("model.onnx*"), *folder.glob("*.safetensors")])
+        hashes = " ".join(files.sha256(path) for path in weights)
+        found["model"] = hashlib.sha256(hashes.encode()).hexdigest()
+    return found
