@@ -112,7 +112,7 @@ def run(paths: config.Paths, report: Path, variant: str, cfg: QuantizeConfig) ->
     with files.whole_folder(out) as folder:
         texts = calibration_texts(fused, prepared / "train.jsonl", cfg.calibration_requests)
         tune = partial(tuned_scales, paths, settings.tuning_steps) if settings.tuning_steps else None
-        counts = onnx_quantize.quantize(fused / "model.onnx", folder / "model.onnx", settings, texts, tune)
+        counts, compared = onnx_quantize.quantize(fused / "model.onnx", folder / "model.onnx", settings, texts, tune)
         onnx_export.copy_tokenizer(fused, folder)
         of_fused = files.read_json(fused / "toolcaller.json")
         files.write_json(folder / "toolcaller.json", of_fused | {"quantize": asdict(settings)})
@@ -126,6 +126,7 @@ def run(paths: config.Paths, report: Path, variant: str, cfg: QuantizeConfig) ->
             "settings": asdict(settings),
             "quantize_s": time.perf_counter() - start,
             **agreement.closeness(fused, folder, requests),
+            "sensitivity": [asdict(product) for product in compared],
         }
     files.write_json(report, metrics | {"provenance": provenance(settings)})
     log.info("%s: %.1f%% of %s's bytes", variant, 100 * model_bytes / fused_bytes, precision)

@@ -12,7 +12,18 @@ import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
-from pipeline.bench import against, gpu_section, growth_section, page, pareto, plot, sections, side_by_side, tables
+from pipeline.bench import (
+    against,
+    gpu_section,
+    growth_section,
+    page,
+    pareto,
+    plot,
+    sections,
+    sensitivity,
+    side_by_side,
+    tables,
+)
 from pipeline.bench.tables import BASELINE, LADDER, REFERENCE, SCORED
 from pipeline.provenance import provenance
 
@@ -50,6 +61,7 @@ def run(reports: Path, cfg: ReportConfig) -> None:
         "cost": files.read_json(reports / "cost.json"),
         "export": files.read_json(reports / "export.json"),
         "train": files.read_json(reports / "train.json"),
+        "quantize": sensitivity.read(reports),
         "cuda": gpu_section.read(reports),
         "growth": growth_section.read(reports),
         "peers": side_by_side.read(reports),
@@ -83,6 +95,7 @@ def run(reports: Path, cfg: ReportConfig) -> None:
 
 def require_all(reports: Path) -> None:
     names = [f"evaluate/{name}" for name in SCORED] + [f"benchmark/{name}" for name in LADDER]
+    names += [f"quantize/{name}" for name in sensitivity.VARIANTS]
     wanted = [f"{name}.json" for name in [*names, "cost", "export", "train"]]
     if missing := [name for name in wanted if not (reports / name).exists()]:
         raise FileNotFoundError(f"{reports} lacks {', '.join(missing)}: dvc repro makes them")

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from pipeline.bench import side_by_side
+from pipeline.bench import sensitivity, side_by_side
 from pipeline.bench.picture import INK, PALE, QUIET, bars, canvas, colour, line, mark, name_ends
 from pipeline.bench.tables import BASE, BASELINE, LADDER, REFERENCE, SCORED, hosted_is_reached
 
@@ -38,7 +38,9 @@ def all_plots(found: Found, reports: Path, folder: Path, chosen: str) -> dict[st
     if on_gpu := found["cuda"]["benchmark"]:
         fastest = min(on_gpu, key=lambda name: float(on_gpu[name]["call_s"]["p50"]))
         pictures["latency-gpu"] = lambda _found, _, path: latency(on_gpu, fastest, path)
-    return {name: markdown(name, draw(found, chosen, folder / f"{name}.png")) for name, draw in pictures.items()}
+    words = {name: draw(found, chosen, folder / f"{name}.png") for name, draw in pictures.items()}
+    words |= sensitivity.all_plots(found["quantize"], folder)
+    return {name: markdown(name, said) for name, said in words.items()}
 
 
 def markdown(name: str, words: str) -> str:

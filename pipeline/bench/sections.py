@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.bench import gpu_section, growth_section, pareto, side_by_side, tables
+from pipeline.bench import gpu_section, growth_section, pareto, sensitivity, side_by_side, tables
 from pipeline.bench.tables import BASE, BASELINE, REFERENCE
 
 Found = dict[str, Any]
@@ -114,6 +114,7 @@ def size(found: Found, pictures: Pictures) -> list[str]:
         pictures["size"],
         "The files of a model, and the most memory that its process had resident while it was measured.",
         table(tables.size(found)),
+        *sensitivity.markdown(found["quantize"], pictures),
     ]
 
 

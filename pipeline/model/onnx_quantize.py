@@ -1,10 +1,9 @@
 """Quantization of the fused graph: all MatMuls, and the embedding, stored once."""
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,27 @@ from pipeline.model import onnx_calibration, onnx_dynamic
 from pipeline.model.gptq import Rounded, gptq
 from pipeline.model.onnx_merge import merge_gate_up
 
-log = logging.getLogger(__name__)
-
 Rows = Sequence[tuple[list[int], int]]  # texts to calibrate on, as onnx_calibration.activations takes them
 
 
 Tune = Callable[[Mapping[str, tuple[Rounded, int]]], dict[str, NDArray[np.float32]]]
 
 
-def quantize(source: Path, out: Path, cfg: Any, rows: Rows, tune: Tune | None = None) -> Counter[str]:
-    """Write the graph at `source` with its weights in `cfg.bits` to `out`; counts weights by bits.
+@dataclass(frozen=True)
+class Product:
+    """A matrix product whose form hung on how it bears the coarser one."""
+
+    name: str  # layers.3.mlp.down_proj
+    sensitivity: float  # gptq: of its results' squared sum, what the bits lose; dynamic: the unevenness of its inputs
+    finer: bool  # it keeps 8 bits where others have 4, or inputs in floats where others have 8-bit ones
+
+
+def quantize(
+    source: Path, out: Path, cfg: Any, rows: Rows, tune: Tune | None = None
+) -> tuple[Counter[str], list[Product]]:
+    """Write the graph at `source` with its weights in `cfg.bits` to `out`.
+
+    Returns its weights by bits, and the products that were compared, the most sensitive first.
 
     `cfg` is a VariantConfig of the stage. `tune` gives better scales for what GPTQ rounded. Source of the
     operators: onnxruntime, docs/ContribOperators.md, MatMulNBits, DynamicQuantizeMatMul and GatherBlockQuantized.
@@ -36,13 +46,13 @@ def quantize(source: Path, out: Path, cfg: Any, rows: Rows, tune: Tune | None = 
     Raises RuntimeError where nothing was quantized, or where the embedding is not the head's weight.
     """
     model = onnx.load(source)
-    dynamic: set[str] = set()
+    compared: list[Product] = []
     if cfg.dynamic or cfg.algorithm == "gptq":
         seen = onnx_calibration.activations(source, rows, gram=cfg.algorithm == "gptq")
         if cfg.dynamic:
-            dynamic = _make_dynamic(model, seen, cfg)
+            compared = _make_dynamic(model, seen, cfg)
         if cfg.algorithm == "gptq":
-            _round_by_gptq(model, seen, cfg, tune)
+            compared = _round_by_gptq(model, seen, cfg, tune)
     quantizer = nbits.MatMulNBitsQuantizer(
         model,
         bits=cfg.bits,
@@ -57,7 +67,7 @@ def quantize(source: Path, out: Path, cfg: Any, rows: Rows, tune: Tune | None = 
     merge_gate_up(quantized)
     _drop_unused(quantized.graph)
     counts = weights_by_bits(quantized)
-    if not counts[str(cfg.bits)] + len(dynamic):
+    if not counts[str(cfg.bits)] + counts["8 dynamic"]:
         raise RuntimeError(f"nothing was quantized to {cfg.bits} bits; weights by bits: {dict(counts)}")
     onnx.save(
         quantized,
@@ -68,22 +78,33 @@ def quantize(source: Path, out: Path, cfg: Any, rows: Rows, tune: Tune | None = 
         size_threshold=1024,
         convert_attribute=False,
     )
-    return counts
+    return counts, compared
 
 
-def _make_dynamic(model: onnx.ModelProto, seen: onnx_calibration.Activations, cfg: Any) -> set[str]:
-    """The MatMuls made so: all but the head and those with the most uneven inputs."""
+def _make_dynamic(model: onnx.ModelProto, seen: onnx_calibration.Activations, cfg: Any) -> list[Product]:
+    """All MatMuls but the head and those with the most uneven inputs."""
     after = onnx_dynamic.smooth(model, seen.largest, cfg.smoothing)
     body = [node for node in model.graph.node if node.op_type == "MatMul" and node.output[0] != "logits"]
-    body.sort(key=lambda node: onnx_dynamic.unevenness(after[node.input[0]]), reverse=True)
-    names = {node.name for node in body[cfg.float_inputs :]}
-    onnx_dynamic.to_dynamic(model, names)
-    return names
+    compared = _most_sensitive_first(
+        {node.name: onnx_dynamic.unevenness(after[node.input[0]]) for node in body}, cfg.float_inputs
+    )
+    finer = {product.name for product in compared if product.finer}
+    onnx_dynamic.to_dynamic(model, {node.name for node in body if _short(node.name) not in finer})
+    return compared
+
+
+def _most_sensitive_first(sensitivity: Mapping[str, float], finer: int) -> list[Product]:
+    order = sorted(sensitivity, key=lambda name: sensitivity[name], reverse=True)
+    return [Product(_short(name), sensitivity[name], at < finer) for at, name in enumerate(order)]
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("/model/").removesuffix("/MatMul").replace("/", ".")
 
 
 def _round_by_gptq(
     model: onnx.ModelProto, seen: onnx_calibration.Activations, cfg: Any, tune: Tune | None = None
-) -> None:
+) -> list[Product]:
     """To 8 bits those `cfg.eight_bit_products` that lose most by 4; the head, which is the embedding too, never."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = [node for node in model.graph.node if node.op_type == "MatMul"]
@@ -92,16 +113,18 @@ def _round_by_gptq(
         return gptq(numpy_helper.to_array(tensors[node.input[1]]), seen.gram[node.input[0]], bits, cfg.block_size)
 
     made = {node.name: (rounded(node, cfg.bits), cfg.bits) for node in nodes}
-    body = [node for node in nodes if node.output[0] != "logits"]
-    body.sort(key=lambda node: made[node.name][0].error, reverse=True)
-    for node in body[: cfg.eight_bit_products]:
-        log.info("%s keeps 8 bits: 4 lose %.2f%% of its products", node.name, 100 * made[node.name][0].error)
-        made[node.name] = rounded(node, 8), 8
+    body = {node.name: node for node in nodes if node.output[0] != "logits"}
+    compared = _most_sensitive_first({name: made[name][0].error for name in body}, cfg.eight_bit_products)
+    finer = {product.name for product in compared if product.finer}
+    for name, node in body.items():
+        if _short(name) in finer:
+            made[name] = rounded(node, 8), 8
     for name, scales in (tune(made) if tune else {}).items():
         made[name] = replace(made[name][0], scales=scales), made[name][1]
     for node in nodes:
         kind = helper.tensor_dtype_to_np_dtype(tensors[node.input[1]].data_type)
         model.graph.initializer.extend(_pack(node, *made[node.name], kind, cfg))
+    return compared
 
 
 def _pack(node: onnx.NodeProto, rounded: Rounded, bits: int, kind: Any, cfg: Any) -> list[onnx.TensorProto]:

@@ -34,7 +34,7 @@ def settings(**changed: object) -> VariantConfig:
 
 def made(fused: Path, out: Path, cfg: VariantConfig) -> Counter[str]:
     out.mkdir(exist_ok=True)
-    return quantize(fused / "model.onnx", out / "model.onnx", cfg, [(row, 0) for row in ROWS])
+    return quantize(fused / "model.onnx", out / "model.onnx", cfg, [(row, 0) for row in ROWS])[0]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,30 @@ def test_what_loses_most_keeps_eight_bits(tiny_fused: Path, tmp_path: Path) -> N
     expected = np.concatenate(onnx_logits(tiny_fused, ROWS))
     lost = [np.square(np.concatenate(onnx_logits(tmp_path / name, ROWS)) - expected).sum() for name in ("4", "mixed")]
     assert lost[1] < lost[0]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"bits": 4, "algorithm": "gptq", "eight_bit_products": 2}, {"dynamic": True, "float_inputs": 2}],
+)
+def test_products_are_listed_most_sensitive_first(tiny_fused: Path, tmp_path: Path, changed: dict[str, object]) -> None:
+    rows = [(row, 0) for row in ROWS]
+    counts, found = quantize(tiny_fused / "model.onnx", tmp_path / "model.onnx", settings(**changed), rows)
+    sizes = {
+        "attn.qkv_proj": 8192,
+        "attn.o_proj": 4096,
+        "mlp.gate_proj": 8192,
+        "mlp.up_proj": 8192,
+        "mlp.down_proj": 8192,
+    }
+    products = {f"layers.{at}.{kind}": size for at in range(2) for kind, size in sizes.items()}
+    assert {product.name for product in found} == products.keys()
+    assert [product.finer for product in found] == [True, True, *[False] * 8]
+    values = [product.sensitivity for product in found]
+    assert values == sorted(values, reverse=True)
+    assert values[0] > values[-1] > 0
+    finer = sum(products[product.name] for product in found[:2])
+    assert counts["8"] == finer + (HEAD if "dynamic" in changed else 0)
 
 
 def test_gptq_refuses_a_block_that_does_not_divide() -> None:

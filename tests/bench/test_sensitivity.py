@@ -1,0 +1,42 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.bench import sensitivity
+
+INT4 = {
+    "settings": {"bits": 4, "dynamic": False},
+    "sensitivity": [
+        {"name": "layers.1.mlp.down_proj", "sensitivity": 0.0437, "finer": True},
+        {"name": "layers.0.attn.qkv_proj", "sensitivity": 0.02, "finer": False},
+        {"name": "layers.0.mlp.down_proj", "sensitivity": 0.01, "finer": False},
+    ],
+}
+INT8 = {
+    "settings": {"bits": 8, "dynamic": True},
+    "sensitivity": [{"name": "layers.7.mlp.down_proj", "sensitivity": 812.4, "finer": False}],
+}
+
+
+def test_paragraphs_name_what_stays_finer_and_what_was_measured(tmp_path: Path) -> None:
+    found: dict[str, Any] = {"int8": INT8, "int4": INT4}
+    words = sensitivity.all_plots(found, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"sensitivity-int8.png", "sensitivity-int4.png"}
+    assert words["sensitivity-int4"].startswith(
+        "int4: layers.1.mlp.down_proj bears it worst; 1 of 3 products stay finer."
+    )
+    text = "\n".join(sensitivity.markdown(found, words))
+    assert "that 4 bits lose, median 2.00%. In 8 bits: layers.1.mlp.down_proj (4.37%)." in text
+    assert "must cover; median 812. With inputs in floats: none." in text
+
+
+def test_nothing_is_said_where_no_product_was_compared(tmp_path: Path) -> None:
+    plain: dict[str, Any] = {"int4": {"settings": {"bits": 4, "dynamic": False}, "sensitivity": []}}
+    assert sensitivity.all_plots(plain, tmp_path) == {}
+    assert sensitivity.markdown(plain, {}) == []
+
+
+def test_a_product_without_a_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'lm_head' names no layer, as in layers\.3\.mlp\.down_proj"):
+        sensitivity.layer("lm_head")
