@@ -28,7 +28,8 @@ def test_fault_names_what_keeps_a_variant_back(exact: float, p: float | None, wh
 def test_report_before_its_inputs_names_them_all(tmp_path: Path) -> None:
     (tmp_path / "cost.json").write_text("{}")
     with pytest.raises(
-        FileNotFoundError, match=r"lacks evaluate/keyword.json, .*benchmark/int4.json, export.json, train.json: dvc"
+        FileNotFoundError,
+        match=r"lacks evaluate/keyword.json, .*benchmark/int4.json, quantize/int8.json, quantize/int4.json, export.json, ",
     ):
         run(tmp_path, CFG)
 
@@ -55,7 +56,7 @@ def test_ablation_table_has_a_column_for_each_variant_with_techniques() -> None:
 def test_reports_of_two_runs_are_refused_by_name() -> None:
     def made(stage: str, name: str) -> dict[str, Any]:
         here = {"cpu": "X", "cores": 64 if (stage, name) == ("benchmark", "int4") else 2}
-        inputs = {"requests": "r", "model": name}
+        inputs = {"requests": "r", "model": "m"}
         return {"provenance": {"settings_sha256": "0", "machine": here, "inputs_sha256": inputs}}
 
     found = {stage: {name: made(stage, name) for name in LADDER} for stage in ("evaluate", "benchmark")}

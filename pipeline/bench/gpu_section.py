@@ -126,7 +126,7 @@ def speed(shape: dict[str, Any], cost: dict[str, Any]) -> pd.DataFrame:
             "GPU busy": _share(made.get("gpu_utilisation_fraction")),
             "USD per million tokens": usd(made),
         }
-        for name, made in shape["variants"].items()
+        for name, made in ((name, shape["variants"][name]) for name in FOLDERS if name in shape["variants"])
     ]
     return pd.DataFrame(rows)
 
