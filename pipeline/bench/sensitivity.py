@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import NullFormatter
+
 from pipeline import files
 from pipeline.bench.picture import INK, canvas
 
@@ -63,8 +65,9 @@ def _plot(variant: str, found: Found, path: Path) -> str:
         if rings:
             axes.plot(*zip(*rings, strict=True), "o", markersize=11, markerfacecolor="none", markeredgecolor=INK)
         label = "lost of its results, %" if _is_share(found) else "unevenness of its inputs"
-        axes.set(xlabel="layer", ylabel=f"{label} (log scale)", yscale="log")
+        axes.set(xlabel="layer", ylabel=f"{label} (log)", yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(visible=True)
         figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=len(KINDS), columnspacing=0.9)
     return f"{title}. {_words(found)}"
