@@ -68,10 +68,14 @@ def markdown(found: dict[str, Any], cost: dict[str, Any], on_cpu: str) -> list[s
         parts += ["## Other sizes on a GPU: speed only, random weights"]
         for shape in found["speed"]:
             parts += [f"{shape['shape']} (`{shape['source']}`):", _table(speed(shape, cost))]
-        parts += [
-            "PyTorch answers one request at a time, whatever the number of clients. A million generated tokens is "
-            "priced at the number of clients with the most calls a second, on a machine as busy as above."
-        ]
+        said = "PyTorch answers one request at a time, whatever the number of clients."
+        if "gpu_machine" in cost:
+            machine, utilisation = cost["gpu_machine"], cost["gpu_break_even"]["utilisation"]
+            said += (
+                " A million generated tokens is priced at the number of clients with the most calls a second, on "
+                f"{machine['name']} at {machine['usd_per_hour']} USD an hour, busy {utilisation:.0%} of it."
+            )
+        parts += [said]
     return parts
 
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from pipeline import files
 from pipeline.bench.picture import INK, canvas
@@ -66,6 +66,7 @@ def _plot(variant: str, found: Found, path: Path) -> str:
             axes.plot(*zip(*rings, strict=True), "o", markersize=11, markerfacecolor="none", markeredgecolor=INK)
         label = "lost of its results, %" if _is_share(found) else "unevenness of its inputs"
         axes.set(xlabel="layer", ylabel=f"{label} (log)", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(visible=True)
@@ -91,15 +92,15 @@ def _words(found: Found) -> str:
     finer = [product for product in products if product["finer"]]
 
     def figure(product: Found) -> str:
-        return f"{product['sensitivity']:.2%}" if _is_share(found) else f"{product['sensitivity']:.0f}"
+        return f"{product['sensitivity']:.2%}" if _is_share(found) else f"{product['sensitivity']:.1f}"
 
     listed = ", ".join(f"{product['name']} ({figure(product)})" for product in finer) or "none"
     middle = figure(products[len(products) // 2])
     if _is_share(found):
-        lost = f"share of a product's results (their squared sum) that {found['settings']['bits']} bits lose"
+        lost = f"Share of a product's results (their squared sum) that {found['settings']['bits']} bits lose"
         return f"{lost}, median {middle}. In 8 bits: {listed}."
     return (
-        "how far the largest channel of a product's inputs stands above the median one, which one scale for all must "
+        "How far the largest channel of a product's inputs stands above the median one, which one scale for all must "
         f"cover; median {middle}. With inputs in floats: {listed}."
     )
 

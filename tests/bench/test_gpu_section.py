@@ -118,7 +118,12 @@ def test_other_sizes_are_called_what_they_are(tmp_path: Path) -> None:
         "variants": {"torch-fp32": made, "int8": rows},
     }
     files.write_json(tmp_path / "benchmark/cuda/speed/phi-4-mini.json", shape)
-    title, name, table, _how = gpu_section.markdown(gpu_section.read(tmp_path), {}, "int8")
+    title, name, table, how = gpu_section.markdown(gpu_section.read(tmp_path), {}, "int8")
+    assert how == "PyTorch answers one request at a time, whatever the number of clients."
+    assert (
+        "on g at 5.0 USD an hour, busy 50% of it."
+        in gpu_section.markdown(gpu_section.read(tmp_path), cost(), "int8")[-1]
+    )
     assert title == "## Other sizes on a GPU: speed only, random weights"
     assert name.startswith("phi-4-mini")
     assert "1.00x" in table

@@ -28,7 +28,7 @@ def test_paragraphs_name_what_stays_finer_and_what_was_measured(tmp_path: Path) 
     )
     text = "\n".join(sensitivity.markdown(found, words))
     assert "that 4 bits lose, median 2.00%. In 8 bits: layers.1.mlp.down_proj (4.37%)." in text
-    assert "must cover; median 812. With inputs in floats: none." in text
+    assert "must cover; median 812.4. With inputs in floats: none." in text
 
 
 def test_nothing_is_said_where_no_product_was_compared(tmp_path: Path) -> None:
