@@ -7,7 +7,6 @@ from models/cuda/fused-fp16 to models/cuda/{variant} and reports/quantize/cuda/{
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,15 +18,16 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 
 from pipeline import config, files
-from pipeline.model import agreement, base, onnx_export, onnx_quantize, scale_tuning
-from pipeline.model.gptq import Rounded
+from pipeline.model import agreement, base, onnx_export, onnx_quantize, scale_tuning, sensitivity
 from pipeline.provenance import provenance
 from pipeline.runtime.caller import NO_DYNAMIC
 from pipeline.toolcall import prompt
-from pipeline.toolcall.conversation import parse_request
+from pipeline.toolcall.conversation import Request, parse_request
 from pipeline.toolcall.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+COMPARED_ON = 64  # training requests, to find the products that lose most by 4 bits
 
 
 @dataclass
@@ -112,7 +112,9 @@ def run(paths: config.Paths, report: Path, variant: str, cfg: QuantizeConfig) ->
     with files.whole_folder(out) as folder:
         texts = calibration_texts(fused, prepared / "train.jsonl", cfg.calibration_requests)
         tune = partial(tuned_scales, paths, settings.tuning_steps) if settings.tuning_steps else None
-        counts, compared = onnx_quantize.quantize(fused / "model.onnx", folder / "model.onnx", settings, texts, tune)
+        counts, compared = onnx_quantize.quantize(
+            fused / "model.onnx", folder / "model.onnx", settings, texts, partial(nats_lost, paths), tune
+        )
         onnx_export.copy_tokenizer(fused, folder)
         of_fused = files.read_json(fused / "toolcaller.json")
         files.write_json(folder / "toolcaller.json", of_fused | {"quantize": asdict(settings)})
@@ -146,13 +148,19 @@ def calibration_texts(fused: Path, requests: Path, n: int) -> list[tuple[list[in
     return texts
 
 
-def tuned_scales(
-    paths: config.Paths, steps: int, rounded: Mapping[str, tuple[Rounded, int]]
-) -> dict[str, NDArray[np.float32]]:
+def nats_lost(paths: config.Paths, rounded: onnx_quantize.AllRounded) -> dict[str, float]:
     model, tokenizer = base.load_tuned(paths.models / "tuned")
-    rows = files.read_spread(paths.prepared / "train.jsonl", steps * scale_tuning.REQUESTS)
-    requests = [parse_request(value, (), where) for where, value in rows]
+    return sensitivity.nats_lost(model, rounded, training_requests(paths, COMPARED_ON), tokenizer)
+
+
+def tuned_scales(paths: config.Paths, steps: int, rounded: onnx_quantize.AllRounded) -> dict[str, NDArray[np.float32]]:
+    model, tokenizer = base.load_tuned(paths.models / "tuned")
+    requests = training_requests(paths, steps * scale_tuning.REQUESTS)
     return scale_tuning.tune(model, rounded, requests, tokenizer, steps)
+
+
+def training_requests(paths: config.Paths, n: int) -> list[Request]:
+    return [parse_request(value, (), where) for where, value in files.read_spread(paths.prepared / "train.jsonl", n)]
 
 
 def graph_bytes(folder: Path) -> int:

@@ -41,5 +41,6 @@ def activations(source: Path, rows: Sequence[tuple[list[int], int]], gram: bool)
             largest = np.abs(seen).max(0)
             found.largest[name] = np.maximum(found.largest.get(name, largest), largest)
             if gram:
-                found.gram[name] = found.gram.get(name, 0.0) + seen.T.astype(np.float64) @ seen
+                single = seen.astype(np.float32)  # a text's sum bears it, that of all texts is kept in double
+                found.gram[name] = found.gram.get(name, 0.0) + (single.T @ single).astype(np.float64)
     return found

@@ -21,7 +21,11 @@ from pipeline.model.onnx_merge import merge_gate_up
 Rows = Sequence[tuple[list[int], int]]  # texts to calibrate on, as onnx_calibration.activations takes them
 
 
-Tune = Callable[[Mapping[str, tuple[Rounded, int]]], dict[str, NDArray[np.float32]]]
+AllRounded = Mapping[str, tuple[Rounded, int]]  # by the name of the node, with its bits
+NatsLost = Callable[[AllRounded], dict[str, float]]
+Tune = Callable[[AllRounded], dict[str, NDArray[np.float32]]]
+
+HEAD_BLOCK = 32  # the head is the embedding too, and its blocks cost most where they are coarser (docs/experiments.md)
 
 
 @dataclass(frozen=True)
@@ -29,19 +33,20 @@ class Product:
     """A matrix product whose form hung on how it bears the coarser one."""
 
     name: str  # layers.3.mlp.down_proj
-    sensitivity: float  # gptq: of its results' squared sum, what the bits lose; dynamic: the unevenness of its inputs
+    sensitivity: float  # gptq: nats a reply token that 4 bits cost, for a million weights; dynamic: inputs' unevenness
     finer: bool  # it keeps 8 bits where others have 4, or inputs in floats where others have 8-bit ones
 
 
 def quantize(
-    source: Path, out: Path, cfg: Any, rows: Rows, tune: Tune | None = None
+    source: Path, out: Path, cfg: Any, rows: Rows, nats_lost: NatsLost | None = None, tune: Tune | None = None
 ) -> tuple[Counter[str], list[Product]]:
     """Write the graph at `source` with its weights in `cfg.bits` to `out`.
 
     Returns its weights by bits, and the products that were compared, the most sensitive first.
 
-    `cfg` is a VariantConfig of the stage. `tune` gives better scales for what GPTQ rounded. Source of the
-    operators: onnxruntime, docs/ContribOperators.md, MatMulNBits, DynamicQuantizeMatMul and GatherBlockQuantized.
+    `cfg` is a VariantConfig of the stage. `nats_lost` says what the rounding of each product costs, and is needed where
+    some are to keep 8 bits; `tune` gives better scales for what GPTQ rounded. Source of the operators: onnxruntime,
+    docs/ContribOperators.md, MatMulNBits, DynamicQuantizeMatMul and GatherBlockQuantized.
 
     Raises RuntimeError where nothing was quantized, or where the embedding is not the head's weight.
     """
@@ -52,7 +57,7 @@ def quantize(
         if cfg.dynamic:
             compared = _make_dynamic(model, seen, cfg)
         if cfg.algorithm == "gptq":
-            compared = _round_by_gptq(model, seen, cfg, tune)
+            compared = _round_by_gptq(model, seen, cfg, nats_lost, tune)
     quantizer = nbits.MatMulNBitsQuantizer(
         model,
         bits=cfg.bits,
@@ -65,6 +70,7 @@ def quantize(
     quantized = quantizer.model.model
     _share_embedding(quantized)
     merge_gate_up(quantized)
+    _halve_scales(quantized.graph)
     _drop_unused(quantized.graph)
     counts = weights_by_bits(quantized)
     if not counts[str(cfg.bits)] + counts["8 dynamic"]:
@@ -103,34 +109,44 @@ def _short(name: str) -> str:
 
 
 def _round_by_gptq(
-    model: onnx.ModelProto, seen: onnx_calibration.Activations, cfg: Any, tune: Tune | None = None
+    model: onnx.ModelProto,
+    seen: onnx_calibration.Activations,
+    cfg: Any,
+    nats_lost: NatsLost | None,
+    tune: Tune | None,
 ) -> list[Product]:
     """To 8 bits those `cfg.eight_bit_products` that lose most by 4; the head, which is the embedding too, never."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    nodes = [node for node in model.graph.node if node.op_type == "MatMul"]
+    nodes = {node.name: node for node in model.graph.node if node.op_type == "MatMul"}
 
-    def rounded(node: onnx.NodeProto, bits: int) -> Rounded:
-        return gptq(numpy_helper.to_array(tensors[node.input[1]]), seen.gram[node.input[0]], bits, cfg.block_size)
+    def rounded(node: onnx.NodeProto, bits: int) -> tuple[Rounded, int]:
+        block_size = min(cfg.block_size, HEAD_BLOCK) if node.output[0] == "logits" else cfg.block_size
+        weight = numpy_helper.to_array(tensors[node.input[1]])
+        return gptq(weight, seen.gram[node.input[0]], bits, block_size), bits
 
-    made = {node.name: (rounded(node, cfg.bits), cfg.bits) for node in nodes}
-    body = {node.name: node for node in nodes if node.output[0] != "logits"}
-    compared = _most_sensitive_first({name: made[name][0].error for name in body}, cfg.eight_bit_products)
+    made = {name: rounded(node, cfg.bits) for name, node in nodes.items()}
+    compared = []
+    if cfg.eight_bit_products:
+        if nats_lost is None:
+            raise ValueError(f"eight_bit_products is {cfg.eight_bit_products}, but nothing says which lose most")
+        lost = nats_lost(made)
+        millions = {name: made[name][0].codes.size / 1e6 for name in lost}
+        compared = _most_sensitive_first({name: lost[name] / millions[name] for name in lost}, cfg.eight_bit_products)
     finer = {product.name for product in compared if product.finer}
-    for name, node in body.items():
-        if _short(name) in finer:
-            made[name] = rounded(node, 8), 8
+    made |= {name: rounded(node, 8) for name, node in nodes.items() if _short(name) in finer}
     for name, scales in (tune(made) if tune else {}).items():
         made[name] = replace(made[name][0], scales=scales), made[name][1]
-    for node in nodes:
+    for name, node in nodes.items():
         kind = helper.tensor_dtype_to_np_dtype(tensors[node.input[1]].data_type)
-        model.graph.initializer.extend(_pack(node, *made[node.name], kind, cfg))
+        model.graph.initializer.extend(_pack(node, *made[name], kind, cfg.accuracy_level))
     return compared
 
 
-def _pack(node: onnx.NodeProto, rounded: Rounded, bits: int, kind: Any, cfg: Any) -> list[onnx.TensorProto]:
+def _pack(node: onnx.NodeProto, rounded: Rounded, bits: int, kind: Any, accuracy_level: int) -> list[onnx.TensorProto]:
     """Make `node` a MatMulNBits; its two new tensors. `kind`: of the scales, which is that of the activations."""
     inputs, outputs = rounded.codes.shape
-    codes = rounded.codes.T.reshape(outputs, inputs // cfg.block_size, cfg.block_size)
+    blocks = len(rounded.scales)
+    codes = rounded.codes.T.reshape(outputs, blocks, inputs // blocks)
     packed = codes[:, :, ::2] | (codes[:, :, 1::2] << 4) if bits == 4 else codes
     weight, scale = f"{node.input[1]}_Q{bits}", f"{node.input[1]}_scales"
     made = helper.make_node(
@@ -142,8 +158,8 @@ def _pack(node: onnx.NodeProto, rounded: Rounded, bits: int, kind: Any, cfg: Any
         K=inputs,
         N=outputs,
         bits=bits,
-        block_size=cfg.block_size,
-        accuracy_level=cfg.accuracy_level,
+        block_size=inputs // blocks,
+        accuracy_level=accuracy_level,
     )
     node.CopyFrom(made)
     return [
@@ -207,6 +223,15 @@ def _share_embedding(model: onnx.ModelProto) -> None:
     graph.node.insert(at, gather)
     graph.node.insert(at, weight)
     graph.node.remove(transpose)
+
+
+def _halve_scales(graph: onnx.GraphProto) -> None:
+    """Store the blocks' scales in 16 bits, as GGUF does; ONNX Runtime makes them 32 when it loads the graph."""
+    of_blocks = {node.input[2] for node in graph.node if node.op_type in ("MatMulNBits", "GatherBlockQuantized")}
+    for scale in [t for t in graph.initializer if t.name in of_blocks and t.data_type == TensorProto.FLOAT]:
+        name, stored = scale.name, f"{scale.name}_fp16"
+        scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale).astype(np.float16), stored))
+        graph.node.insert(0, helper.make_node("Cast", [stored], [name], name=f"{name}/Cast", to=TensorProto.FLOAT))
 
 
 def _drop_unused(graph: onnx.GraphProto) -> None:

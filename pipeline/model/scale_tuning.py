@@ -52,12 +52,12 @@ def tune(
     torch.manual_seed(0)
     model.set_attn_implementation(shared_prefix.ATTENTION)
     model.requires_grad_(False)
-    examples = _examples(requests, tokenizer)
+    examples = examples_of(requests, tokenizer)
     rows = shared_prefix.steps(examples, TOKENS, random.Random(0))
     batches = [shared_prefix.pack([examples[at] for at in row]) for row in rows][:steps]
     vocabulary, head = shared_prefix.short_head(model, examples)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        wanted = [functional.log_softmax((_hidden(model, batch) @ head.T).float(), -1) for batch in batches]
+        wanted = [functional.log_softmax((foretelling(model, batch) @ head.T).float(), -1) for batch in batches]
     _round_embedding(model, *rounded[HEAD])
     head = model.get_input_embeddings().weight.detach()[vocabulary]
     factors = {name: _make_tunable(model, name, *found) for name, found in rounded.items() if name != HEAD}
@@ -67,7 +67,7 @@ def tune(
     pairs = islice(cycle(zip(batches, wanted, strict=True)), steps)
     for batch, aim in tqdm(pairs, desc="tuning scales", total=steps, mininterval=5):
         with torch.autocast("cpu", torch.bfloat16):
-            said = functional.log_softmax((_hidden(model, batch) @ head.T).float(), -1)
+            said = functional.log_softmax((foretelling(model, batch) @ head.T).float(), -1)
         loss = functional.kl_div(said, aim.clone(), reduction="batchmean", log_target=True)
         loss.backward()
         optimizer.step()
@@ -84,7 +84,7 @@ def tune(
 HEAD = "/lm_head/MatMul"
 
 
-def _examples(requests: Sequence[Request], tokenizer: Any) -> list[shared_prefix.Example]:
+def examples_of(requests: Sequence[Request], tokenizer: Any) -> list[shared_prefix.Example]:
     examples = []
     for request in requests:
         prefix = prompt.prefix_tokens(tokenizer, request.tools)
@@ -94,31 +94,36 @@ def _examples(requests: Sequence[Request], tokenizer: Any) -> list[shared_prefix
     return examples
 
 
-def _hidden(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+def foretelling(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """(reply tokens, hidden) where they are foretold."""
     return model.get_decoder()(
         input_ids=batch["tokens"], position_ids=batch["positions"], lengths=batch["lengths"], use_cache=False
     ).last_hidden_state[0, batch["predicting"]]
 
 
-def _values(rounded: Rounded, bits: int) -> torch.Tensor:
+def values_of(rounded: Rounded, bits: int) -> torch.Tensor:
     """(outputs, inputs), as the rounded model has them."""
     block = len(rounded.codes) // len(rounded.scales)
     return torch.from_numpy(decode(rounded.codes, rounded.scales.repeat(block, 0), bits).T.copy())
 
 
-def _round_embedding(model: Any, rounded: Rounded, bits: int) -> None:
-    with torch.no_grad():
-        model.get_input_embeddings().weight.copy_(_values(rounded, bits))
-
-
-def _make_tunable(model: Any, node: str, rounded: Rounded, bits: int) -> list[torch.Tensor]:
-    """The factors of the linear layers that are the graph's `node`, such as `/model/layers.7/attn/qkv_proj/MatMul`."""
+def modules_of(model: Any, node: str) -> list[Any]:
+    """The linear layers that are the fused graph's `node`, such as `/model/layers.7/attn/qkv_proj/MatMul`."""
     layer, part, name = node.removeprefix("/model/layers.").split("/")[:3]
     block = model.get_decoder().layers[int(layer)]
     names = ["q_proj", "k_proj", "v_proj"] if name == "qkv_proj" else [name]
-    modules = [getattr(block.self_attn if part == "attn" else block.mlp, each) for each in names]
-    parts = _values(rounded, bits).to(torch.bfloat16).split([module.out_features for module in modules])
+    return [getattr(block.self_attn if part == "attn" else block.mlp, each) for each in names]
+
+
+def _round_embedding(model: Any, rounded: Rounded, bits: int) -> None:
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(values_of(rounded, bits))
+
+
+def _make_tunable(model: Any, node: str, rounded: Rounded, bits: int) -> list[torch.Tensor]:
+    """The factors of the linear layers that are the graph's `node`."""
+    modules = modules_of(model, node)
+    parts = values_of(rounded, bits).to(torch.bfloat16).split([module.out_features for module in modules])
     factors = []
     for module, values in zip(modules, parts, strict=True):
         module.weight = torch.nn.Parameter(torch.zeros(len(values), len(rounded.scales)))
