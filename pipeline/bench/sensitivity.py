@@ -54,7 +54,7 @@ def _plot(variant: str, found: Found, path: Path) -> str:
     products, finer = found["sensitivity"], [product for product in found["sensitivity"] if product["finer"]]
     most = products[0]
     title = f"{variant}: {most['name']} bears it worst; {len(finer)} of {len(products)} products stay finer"
-    scale = 100 if _is_share(found) else 1
+    scale = 1e6 if _is_nats(found) else 1
     with canvas(path, title) as figure:
         axes = figure.subplots()
         for kind, (mark, colour) in KINDS.items():
@@ -64,7 +64,7 @@ def _plot(variant: str, found: Found, path: Path) -> str:
         rings = [(layer(p["name"]), scale * p["sensitivity"]) for p in finer]
         if rings:
             axes.plot(*zip(*rings, strict=True), "o", markersize=11, markerfacecolor="none", markeredgecolor=INK)
-        label = "lost of its results, %" if _is_share(found) else "unevenness of its inputs"
+        label = "millionths of a nat lost, a million weights" if _is_nats(found) else "unevenness of its inputs"
         axes.set(xlabel="layer", ylabel=f"{label} (log)", yscale="log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
@@ -82,8 +82,8 @@ def layer(product: str) -> int:
     return int(found[1])
 
 
-def _is_share(found: Found) -> bool:
-    """Of the weights' bits; of dynamic activations it is the unevenness."""
+def _is_nats(found: Found) -> bool:
+    """What the weights' bits cost the replies; of dynamic activations it is the unevenness."""
     return not found["settings"]["dynamic"]
 
 
@@ -92,13 +92,15 @@ def _words(found: Found) -> str:
     finer = [product for product in products if product["finer"]]
 
     def figure(product: Found) -> str:
-        return f"{product['sensitivity']:.2%}" if _is_share(found) else f"{product['sensitivity']:.1f}"
+        return f"{1e6 * product['sensitivity']:.0f}" if _is_nats(found) else f"{product['sensitivity']:.1f}"
 
     listed = ", ".join(f"{product['name']} ({figure(product)})" for product in finer) or "none"
     middle = figure(products[len(products) // 2])
-    if _is_share(found):
-        lost = f"Share of a product's results (their squared sum) that {found['settings']['bits']} bits lose"
-        return f"{lost}, median {middle}. In 8 bits: {listed}."
+    if _is_nats(found):
+        return (
+            f"What {found['settings']['bits']} bits in a product alone cost the replies, in millionths of a nat a "
+            f"token (KL divergence), for a million weights; median {middle}. In 8 bits: {listed}."
+        )
     return (
         "How far the largest channel of a product's inputs stands above the median one, which one scale for all must "
         f"cover; median {middle}. With inputs in floats: {listed}."

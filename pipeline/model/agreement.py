@@ -1,6 +1,6 @@
 """How far one way to run a model is from another, on the same prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +43,26 @@ def onnx_logits(folder: Path, tokens: Sequence[list[int]]) -> list[Logits]:
     return [session.run(["logits"], feed(session, row))[0][0].astype(np.float32) for row in tokens]
 
 
-def feed(session: onnxruntime.InferenceSession, tokens: list[int]) -> dict[str, Any]:
-    """The inputs of a decoder graph for a text from its beginning."""
+def feed(
+    session: onnxruntime.InferenceSession, tokens: list[int], past: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The inputs of a decoder graph for a text from its beginning, or behind a `past`, by the names of its inputs."""
+    before = next(iter(past.values())).shape[2] if past else 0
     values: dict[str, Any] = {
         "input_ids": np.array([tokens], np.int64),
-        "attention_mask": np.ones((1, len(tokens)), np.int64),
+        "attention_mask": np.ones((1, before + len(tokens)), np.int64),
     }
     for found in session.get_inputs():
         if found.name.startswith("past_key_values"):
             kind = np.float16 if found.type == "tensor(float16)" else np.float32
-            values[found.name] = np.zeros((1, found.shape[1], 0, found.shape[3]), kind)
+            empty = np.zeros((1, found.shape[1], 0, found.shape[3]), kind)
+            values[found.name] = past[found.name] if past else empty
         elif found.name == "keep":
             values["keep"] = np.array([len(tokens)], np.int64)
         elif found.name == "start":
             values["start"] = np.array([-len(tokens)], np.int64)
         elif found.name == "position_ids":
-            values[found.name] = np.arange(len(tokens), dtype=np.int64)[None]
+            values[found.name] = np.arange(before, before + len(tokens), dtype=np.int64)[None]
     return values
 
 

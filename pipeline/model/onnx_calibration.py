@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,7 +24,8 @@ class Activations:
 def activations(source: Path, rows: Sequence[tuple[list[int], int]], gram: bool) -> Activations:
     """Of the inputs of all MatMuls of the graph at `source`.
 
-    `rows`: tokens, and how many of them to leave out at the beginning: a prefix that all share counts once.
+    `rows`: tokens, and how many of them to leave out at the beginning: a prefix that all share counts once, and is
+    computed once more for all who leave it out.
     """
     model = onnx.load(source, load_external_data=False)
     names = sorted({node.input[0] for node in model.graph.node if node.op_type == "MatMul"})
@@ -34,10 +36,16 @@ def activations(source: Path, rows: Sequence[tuple[list[int], int]], gram: bool)
         session = onnxruntime.InferenceSession(str(watched), providers=["CPUExecutionProvider"])
     finally:
         watched.unlink()
+    pasts = [found.name for found in session.get_inputs() if found.name.startswith("past_key_values")]
+    kept: dict[tuple[int, ...], dict[str, Any]] = {}
     found = Activations({}, {})
     for row, start in rows:
-        for name, value in zip(names, session.run(names, feed(session, row)), strict=True):
-            seen = value.reshape(-1, value.shape[-1])[start:]
+        prefix = tuple(row[:start])
+        if start and prefix not in kept:
+            presents = [name.replace("past_key_values", "present") for name in pasts]
+            kept[prefix] = dict(zip(pasts, session.run(presents, feed(session, row[:start])), strict=True))
+        for name, value in zip(names, session.run(names, feed(session, row[start:], kept.get(prefix))), strict=True):
+            seen = value.reshape(-1, value.shape[-1])
             largest = np.abs(seen).max(0)
             found.largest[name] = np.maximum(found.largest.get(name, largest), largest)
             if gram:

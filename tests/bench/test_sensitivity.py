@@ -8,9 +8,9 @@ from pipeline.bench import sensitivity
 INT4 = {
     "settings": {"bits": 4, "dynamic": False},
     "sensitivity": [
-        {"name": "layers.1.mlp.down_proj", "sensitivity": 0.0437, "finer": True},
-        {"name": "layers.0.attn.qkv_proj", "sensitivity": 0.02, "finer": False},
-        {"name": "layers.0.mlp.down_proj", "sensitivity": 0.01, "finer": False},
+        {"name": "layers.1.mlp.down_proj", "sensitivity": 0.000437, "finer": True},
+        {"name": "layers.0.attn.qkv_proj", "sensitivity": 0.0002, "finer": False},
+        {"name": "layers.0.mlp.down_proj", "sensitivity": 0.0001, "finer": False},
     ],
 }
 INT8 = {
@@ -27,7 +27,7 @@ def test_paragraphs_name_what_stays_finer_and_what_was_measured(tmp_path: Path) 
         "int4: layers.1.mlp.down_proj bears it worst; 1 of 3 products stay finer."
     )
     text = "\n".join(sensitivity.markdown(found, words))
-    assert "that 4 bits lose, median 2.00%. In 8 bits: layers.1.mlp.down_proj (4.37%)." in text
+    assert "(KL divergence), for a million weights; median 200. In 8 bits: layers.1.mlp.down_proj (437)." in text
     assert "must cover; median 812.4. With inputs in floats: none." in text
 
 
