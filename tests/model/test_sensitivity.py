@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.nn import functional
 
@@ -64,9 +65,11 @@ def test_it_is_what_rounding_each_product_alone_costs(tiny_base: Path) -> None:
         measured[node] = functional.kl_div(said(model, batches), exact, reduction="batchmean", log_target=True).item()
         for module, values in zip(modules, kept, strict=True):
             module.weight.data = values
-    logs = np.log([[found[node], measured[node]] for node in NODES])
-    assert np.corrcoef(logs.T)[0, 1] > 0.8
-    assert np.abs(logs[:, 0] - logs[:, 1]).max() < np.log(3)
+    # What works on its own token to the end is foretold; what other tokens attend to, only roughly.
+    for node in NODES[6:]:
+        assert found[node] == pytest.approx(measured[node], rel=0.06)
+    for node in NODES[:5]:
+        assert 1 / 3 < found[node] / measured[node] < 1.5
 
 
 def said(model: Any, batches: list[dict[str, Any]]) -> torch.Tensor:
