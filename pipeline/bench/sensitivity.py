@@ -64,7 +64,7 @@ def _plot(variant: str, found: Found, path: Path) -> str:
         rings = [(layer(p["name"]), scale * p["sensitivity"]) for p in finer]
         if rings:
             axes.plot(*zip(*rings, strict=True), "o", markersize=11, markerfacecolor="none", markeredgecolor=INK)
-        label = "millionths of a nat lost, a million weights" if _is_nats(found) else "unevenness of its inputs"
+        label = "KL, millionths of a nat" if _is_nats(found) else "unevenness of its inputs"
         axes.set(xlabel="layer", ylabel=f"{label} (log)", yscale="log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
