@@ -179,9 +179,8 @@ def objectives(raw: DictConfig) -> tuple[float, float, float] | None:
     params = config.load(raw, Params)
     settings: Any = OmegaConf.to_container(raw, resolve=True)
     read = {name: settings[name] for name in ("quantize", "techniques", "evaluate", "benchmark")}
-    read["quantize"] = {key: value for key, value in read["quantize"].items() if key not in ("int8", "int4")} | {
-        params.variant: read["quantize"][params.variant]
-    }
+    others = {"int8", "int4"} - {params.variant} | ({"cuda"} if read["quantize"]["device"] == "cpu" else set())
+    read["quantize"] = {key: value for key, value in read["quantize"].items() if key not in others}
     row = run(params, read, list(HydraConfig.get().overrides.task))
     log.info("%s", {key: row.get(key) for key in ("overrides", "error", "exact_call_fraction", "p50_s")})
     return None if row["error"] else (row["exact_call_fraction"], row["p50_s"], row["model_bytes"])
