@@ -58,7 +58,7 @@ def test_it_is_what_rounding_each_product_alone_costs(tiny_base: Path) -> None:
     measured = {}
     for node in NODES:
         modules = scale_tuning.modules_of(model, node)
-        parts = scale_tuning.values_of(*rounded[node]).split([module.out_features for module in modules])
+        parts = torch.split(scale_tuning.values_of(*rounded[node]), [module.out_features for module in modules])
         kept = [module.weight.data for module in modules]
         for module, part in zip(modules, parts, strict=True):
             module.weight.data = part
