@@ -13,33 +13,19 @@ from pipeline.model.agreement import closeness
 from pipeline.model.onnx_export import copy_tokenizer
 from pipeline.model.onnx_quantize import quantize
 from pipeline.quantize import VariantConfig
-from pipeline.toolcall.conversation import parse_request
-from pipeline.toolcall.tool import parse_tools
+from pipeline.toolcall.conversation import Request
 
-TOOL = {"name": "Ask", "description": "", "parameters": {"type": "object", "properties": {"what": {"type": "string"}}}}
 CFG = VariantConfig(4, "gptq", 32, True, 4, False, 0.0, 0, eight_bit_products=0, tuning_steps=1)
 
 
-def test_tuned_scales_say_more_of_what_the_model_says(tiny_base: Path, tiny_fused: Path, tmp_path: Path) -> None:
-    tools = parse_tools([TOOL], "tools")
-    requests = [
-        parse_request(
-            {
-                "id": str(n),
-                "category": "Ask",
-                "messages": [{"role": "user", "content": f"ask for {n} apples"}],
-                "expected": {"name": "Ask", "arguments": {"what": f"{n} apples"}},
-            },
-            tools,
-            "here",
-        )
-        for n in range(40)
-    ]
+def test_tuned_scales_say_more_of_what_the_model_says(
+    tiny_base: Path, tiny_fused: Path, tmp_path: Path, apples: list[Request]
+) -> None:
     model, tokenizer = base.load_tuned(tiny_base)
     said: list[Any] = []
 
     def tune(rounded: Any) -> Any:
-        said.append((rounded, scale_tuning.tune(model, rounded, requests[:30], tokenizer, 12)))
+        said.append((rounded, scale_tuning.tune(model, rounded, apples[:30], tokenizer, 12)))
         return said[0][1]
 
     found = {}
@@ -48,7 +34,7 @@ def test_tuned_scales_say_more_of_what_the_model_says(tiny_base: Path, tiny_fuse
         quantize(tiny_fused / "model.onnx", tmp_path / name / "model.onnx", CFG, [(list(range(60)), 0)], tune=tuner)
         copy_tokenizer(tiny_fused, tmp_path / name)
         files.write_json(tmp_path / name / "toolcaller.json", {"runtime": "fused"})
-        found[name] = closeness(tiny_fused, tmp_path / name, requests[30:])["kl_divergence"]
+        found[name] = closeness(tiny_fused, tmp_path / name, apples[30:40])["kl_divergence"]
     assert found["tuned"] < 0.95 * found["plain"]
     rounded, scales = said[0]
     assert rounded.keys() - scales.keys() == {scale_tuning.HEAD}

@@ -11,10 +11,8 @@ from torch.nn import functional
 
 from pipeline.model import base, scale_tuning, sensitivity, shared_prefix
 from pipeline.model.gptq import gptq
-from pipeline.toolcall.conversation import parse_request
-from pipeline.toolcall.tool import parse_tools
+from pipeline.toolcall.conversation import Request
 
-TOOL = {"name": "Ask", "description": "", "parameters": {"type": "object", "properties": {"what": {"type": "string"}}}}
 NODES = [
     f"/model/layers.{layer}/{part}/MatMul"
     for layer in range(2)
@@ -22,36 +20,22 @@ NODES = [
 ]
 
 
-def test_it_is_what_rounding_each_product_alone_costs(tiny_base: Path) -> None:
+def test_it_is_what_rounding_each_product_alone_costs(tiny_base: Path, apples: list[Request]) -> None:
     model, tokenizer = base.load_tuned(tiny_base)
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(4 if weight.ndim == 2 else 1)  # as it is made, it says nearly the same of every token
-    tools = parse_tools([TOOL], "tools")
-    requests = [
-        parse_request(
-            {
-                "id": str(n),
-                "category": "Ask",
-                "messages": [{"role": "user", "content": f"ask for {n} apples"}],
-                "expected": {"name": "Ask", "arguments": {"what": f"{n} apples"}},
-            },
-            tools,
-            "here",
-        )
-        for n in range(60)
-    ]
     rounded = {}
     for at, node in enumerate(NODES):
         weight = torch.cat([module.weight.detach() for module in scale_tuning.modules_of(model, node)]).T.numpy()
         bits = 4 + at % 3  # so that they differ: of such a model no product matters more than another
         rounded[node] = gptq(weight, np.eye(len(weight)), bits, 32), bits
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = sensitivity.nats_lost(model, rounded, requests, tokenizer)
+    found = sensitivity.nats_lost(model, rounded, apples, tokenizer)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert found.keys() == set(NODES)
 
-    examples = scale_tuning.examples_of(requests, tokenizer)
+    examples = scale_tuning.examples_of(apples, tokenizer)
     steps = shared_prefix.steps(examples, 1500, random.Random(0))
     batches = [shared_prefix.pack([examples[at] for at in step]) for step in steps]
     exact = said(model, batches)
