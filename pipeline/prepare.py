@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 HAND_WRITTEN = ("test", "validation-hand")
 OWN_FRACTIONS = {"test": 0.2, "validation-hand": 0.1}  # of a single file of requests
 VARIATIONS = 3  # per tool that is called
+MISSPELT = 3  # words of a request, at most
+NEXT_KEY = dict(zip("qwertyuioasdfghjkzxcvbn", "wertyuiopsdfghjklxcvbnm", strict=True))
+CONTRACTED = ("d", "ll", "m", "re", "s", "t", "ve")  # what stands after an apostrophe
 
 
 @dataclass
@@ -41,7 +44,7 @@ class PrepareConfig:
     foreign_fraction: float  # of the requests: those with tools of their own
     varied_tools_fraction: float  # of the others: tools in another order, some left out
     frame_fraction: float  # of the requests: with a greeting or context around
-    noise_fraction: float  # of the requests: with a typo or other casing outside the slots
+    noise_fraction: float  # of the requests: misspelt, in lower case or without marks, outside the slots
 
     def __post_init__(self) -> None:
         config.require_range("prepare.requests", self.requests, 20, 10_000_000)
@@ -253,18 +256,24 @@ def _frame(text: str, frame: str, value: dict[str, Any]) -> str:
 
 
 def add_noise(text: str, rng: random.Random, kept: frozenset[str] = frozenset()) -> str:
-    """`text` in lower case, or without its last mark, or with one typo in a word; slots and words `kept` stay whole."""
+    """`text` in lower case, or without apostrophes and last mark, or with one to three words misspelt.
+
+    Slots and words `kept` stay whole.
+    """
     parts = _words(text)
-    match rng.randrange(3):
+    match rng.randrange(4):
         case 0:
             parts = [part if SLOT.fullmatch(part) or part in kept else _lower_first(part) for part in parts]
         case 1:
-            parts[-1] = parts[-1].rstrip(".!")
-        case 2:
-            plain = [at for at, part in enumerate(parts) if part.isalpha() and len(part) > 4 and part not in kept]
-            if plain:
-                at = rng.choice(plain)
-                parts[at] = _typo(parts[at], rng)
+            for at in range(1, len(parts) - 1):
+                if parts[at] == "'" and parts[at + 1] in CONTRACTED and parts[at - 1] not in kept:
+                    parts[at] = ""
+            if len(parts) > 2 and parts[-2] in (".", "!") and parts[-3] not in kept:
+                parts[-2] = ""
+        case _:
+            plain = [at for at, part in enumerate(parts) if part.isalpha() and len(part) > 3 and part not in kept]
+            for at in rng.sample(plain, min(len(plain), rng.randint(1, MISSPELT))):
+                parts[at] = _misspell(parts[at], rng)
     return "".join(parts)
 
 
@@ -281,10 +290,14 @@ def _lower_first(word: str) -> str:
     return word.lower() if word.istitle() else word
 
 
-def _typo(word: str, rng: random.Random) -> str:
+def _misspell(word: str, rng: random.Random) -> str:
+    """Two letters swapped, one missing, one twice, or one from the next key."""
     at = rng.randrange(1, len(word) - 1)
-    swapped = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
-    return rng.choice([swapped, word[:at] + word[at + 1 :], word[:at] + word[at] + word[at:]])
+    before, letter, after = word[:at], word[at], word[at + 1 :]
+    swapped = before + after[0] + letter + after[1:]
+    return rng.choice(
+        [swapped, before + after, before + letter + letter + after, before + NEXT_KEY.get(letter, letter) + after]
+    )
 
 
 def vary_tools(request: Request, rng: random.Random) -> tuple[Tool, ...]:

@@ -43,6 +43,26 @@ def test_noise_leaves_words_of_the_call_whole() -> None:
     assert len(noisy) > 5
 
 
+def test_noise_misspells_at_most_three_words() -> None:
+    text = "please show where the numbers are checked before writing"
+    noisy = {add_noise(text, random.Random(seed)) for seed in range(200)} - {text}
+    changed = [sum(map(str.__ne__, text.split(), other.split())) for other in noisy]
+    assert set(changed) == {1, 2, 3}
+
+
+def test_noise_leaves_out_apostrophes_of_contractions_only() -> None:
+    noisy = {add_noise("don't replace 'sum' with 'total' here.", random.Random(seed)) for seed in range(50)}
+    assert "dont replace 'sum' with 'total' here" in noisy
+    assert all(text.count("'") >= 4 for text in noisy)
+
+
+def test_noise_leaves_the_last_mark_of_a_text_to_write() -> None:
+    kept = frozenset(words({"name": "Write", "arguments": {"file_path": "a", "content": "All done."}}))
+    assert all(
+        add_noise("write to a: All done.", random.Random(seed), kept).endswith("All done.") for seed in range(50)
+    )
+
+
 def test_a_tool_with_four_times_the_phrasings_gets_twice_the_requests() -> None:
     def asked(name: str, n: int) -> list[Phrasing]:
         call = {"name": name, "arguments": {"command" if name == "Bash" else "file_path": "x"}}

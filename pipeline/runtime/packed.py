@@ -15,7 +15,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from pipeline.runtime.generation import Row, Step
-from pipeline.runtime.ort import last_output, lengths, past_inputs, session_options
+from pipeline.runtime.ort import last_output, lean_options, lengths, past_inputs
 from pipeline.runtime.recent import Recent
 
 HIDDEN = np.finfo(np.float32).min
@@ -139,6 +139,6 @@ def _open(folder: Path, threads: int) -> onnxruntime.InferenceSession:
     for node in model.graph.node:
         if node.op_type == "GroupQueryAttention":
             node.input[9:11] = ["position_ids", "attention_bias"]
-    options = session_options(threads)
+    options = lean_options(threads)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
