@@ -16,6 +16,7 @@ from pipeline.bench import (
     against,
     gpu_section,
     growth_section,
+    learning_section,
     page,
     pareto,
     plot,
@@ -64,6 +65,7 @@ def run(reports: Path, cfg: ReportConfig) -> None:
         "quantize": sensitivity.read(reports),
         "cuda": gpu_section.read(reports),
         "growth": growth_section.read(reports),
+        "learning": learning_section.read(reports),
         "peers": side_by_side.read(reports),
         "sweeps": pareto.read(reports),
     }

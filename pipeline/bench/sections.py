@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.bench import gpu_section, growth_section, pareto, sensitivity, side_by_side, tables
+from pipeline.bench import gpu_section, growth_section, learning_section, pareto, sensitivity, side_by_side, tables
 from pipeline.bench.tables import BASE, BASELINE, REFERENCE
 
 Found = dict[str, Any]
@@ -71,6 +71,7 @@ def accuracy(found: Found, chosen: str, pictures: Pictures) -> list[str]:
         "The model says how sure it is of a call. First, how many are wrong if only the surest are kept; then, whether "
         "calls of a confidence are right as often as it says.",
         f"{pictures['risk-coverage']} {pictures['reliability']}",
+        *learning_section.markdown(found["learning"]),
     ]
 
 

@@ -1,0 +1,171 @@
+"""How often calls are right, by the number of training requests and by the training's seed. No stage.
+
+    python -m pipeline.learning_curve                              hours: each is a training of its own
+    python -m pipeline.learning_curve 'learning_curve.seeds=[]'    only the numbers of requests
+
+Beside the default run, whose models are there, each trial is prepared, trained, exported and scored in a folder of its
+own under models, which goes when its row is in reports/learning_curve.json. What was done with equal settings and data
+is not done again, and an interrupted training goes on. Numbers of requests are scored on the validation requests
+written by hand, from which one is chosen; seeds of the default number on the test too. Also writes
+learning-curve.png; the stage `report` shows both.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from pipeline import config, files
+from pipeline.bench import learning_section
+from pipeline.prepare import PrepareConfig
+from pipeline.provenance import provenance
+from pipeline.train import TrainConfig
+
+log = logging.getLogger(__name__)
+
+VARIANT = "fused-fp32"
+SCORES = ("n", "exact_call_fraction", "exact_call_ci95")
+
+
+@dataclass
+class LearningCurveConfig:
+    requests: list[int]  # to make, as prepare.requests; its own is measured too
+    seeds: list[int]  # as train.seed; its own is measured too
+
+    def __post_init__(self) -> None:
+        for n in self.requests:
+            config.require_range("learning_curve.requests", n, 20, 10_000_000)
+
+
+@dataclass
+class Params:
+    paths: config.Paths
+    prepare: PrepareConfig
+    train: TrainConfig
+    learning_curve: LearningCurveConfig
+
+
+@dataclass(frozen=True)
+class Trial:
+    requests: int
+    seed: int
+
+
+def run(params: Params, overrides: list[str]) -> dict[str, Any]:
+    """Raises FileNotFoundError or ValueError where models/fused is not of these settings, CalledProcessError where a
+    stage of a trial failed: its own message stands above.
+    """
+    paths, default = params.paths, Trial(params.prepare.requests, params.train.seed)
+    report = paths.reports / "learning_curve.json"
+    origin = provenance((params.prepare, params.train)) | {"inputs_sha256": inputs_sha256(params)}
+    found: dict[str, Any] = files.read_json(report) if report.exists() else {}
+    if found.get("provenance", {}).get("inputs_sha256") != origin["inputs_sha256"]:
+        require_default_run(params)
+        found = {"default": asdict(default), "rows": [default_row(params, default)], "provenance": origin}
+        save(found, report)
+    sizes = [Trial(n, default.seed) for n in sorted(params.learning_curve.requests)]
+    for trial in [*sizes, *(Trial(default.requests, seed) for seed in params.learning_curve.seeds)]:
+        if any(row["requests"] == trial.requests and row["seed"] == trial.seed for row in found["rows"]):
+            log.info("%s was done before", trial)
+            continue
+        found["rows"].append(row(params, trial, on_test=trial.requests == default.requests, overrides=overrides))
+        save(found, report)
+    return found
+
+
+def save(found: dict[str, Any], report: Path) -> None:
+    files.write_json(report, found)
+    learning_section.plot(found, report.with_name("learning-curve.png"))
+
+
+def inputs_sha256(params: Params) -> str:
+    """Of all that the trials have in common."""
+    text = json.dumps(
+        {
+            "prepare": asdict(params.prepare),
+            "train": asdict(params.train),
+            "files": [files.sha256(path) for path in [params.paths.tools, *requests_files(params.paths.requests)]],
+        },
+        sort_keys=True,
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def requests_files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*.*") if file.suffix != ".md")
+
+
+def require_default_run(params: Params) -> None:
+    trained = files.read_json(params.paths.reports / "train.json")
+    if trained["provenance"]["settings_sha256"] != provenance(params.train)["settings_sha256"]:
+        raise ValueError("reports/train.json is of other settings than train's: dvc repro trains anew")
+
+
+def default_row(params: Params, default: Trial) -> dict[str, Any]:
+    paths = params.paths
+    with files.whole_folder(paths.models / "learning_curve") as folder:
+        exact = score(paths.prepared / "validation-hand.jsonl", folder / "exact.json", [f"paths.models={paths.models}"])
+    shutil.rmtree(paths.models / "learning_curve")
+    on_test = files.read_json(paths.reports / f"evaluate/{VARIANT}.json")
+    return row_of(default, paths.reports / "train.json", exact, on_test)
+
+
+def row(params: Params, trial: Trial, on_test: bool, overrides: list[str]) -> dict[str, Any]:
+    """Trains; the folder stays where that fails or is interrupted, and the next try goes on in it."""
+    paths = params.paths
+    folder = paths.models / "learning_curve" / f"{trial.requests}-{trial.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "base").is_symlink():
+        (folder / "base").symlink_to((paths.models / "base").resolve(), target_is_directory=True)
+    prepared = folder / "prepared"
+    own = [f"paths.prepared={prepared}", f"paths.models={folder}", f"paths.reports={folder}"]
+    own += [f"prepare.requests={trial.requests}", f"train.seed={trial.seed}"]
+    log.info("%s ...", trial)
+    for name in ("prepare", "train", "export"):
+        stage(name, [*overrides, *own])
+    exact = score(prepared / "validation-hand.jsonl", folder / "exact.json", [*overrides, *own])
+    tested = score(prepared / "test.jsonl", folder / "exact-test.json", [*overrides, *own]) if on_test else None
+    made = row_of(trial, folder / "train.json", exact, tested)
+    shutil.rmtree(folder)
+    return made
+
+
+def row_of(trial: Trial, train: Path, exact: dict[str, Any], on_test: dict[str, Any] | None) -> dict[str, Any]:
+    trained = files.read_json(train)
+    return {
+        **asdict(trial),
+        "train_requests": trained["train_requests"],
+        "steps": trained["steps"],
+        "train_s": trained["train_s"],
+        "best_validation_loss": trained["best_validation_loss"],
+        "validation_hand": {key: exact[key] for key in SCORES},
+        "test": on_test and {key: on_test[key] for key in SCORES},
+    }
+
+
+def score(requests: Path, out: Path, overrides: list[str]) -> dict[str, Any]:
+    stage("evaluate", [*overrides, f"variant={VARIANT}", f"evaluate.requests={requests}", f"evaluate.out={out}"])
+    return dict(files.read_json(out))
+
+
+def stage(name: str, overrides: list[str]) -> None:
+    subprocess.run([sys.executable, "-m", f"pipeline.{name}", *overrides], check=True)  # noqa: S603
+
+
+@hydra.main(version_base="1.3", config_path="..", config_name="params")
+def main(raw: DictConfig) -> None:
+    given = [text for text in HydraConfig.get().overrides.task if not text.startswith("learning_curve.")]
+    run(config.load(raw, Params), given)
+
+
+if __name__ == "__main__":
+    main()
