@@ -32,6 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from pipeline import config, files
 from pipeline.model import base, shared_prefix
+from pipeline.model.gptq import HEAD_BLOCK, nearest
 from pipeline.model.int8_training import Int8Products
 from pipeline.provenance import cpu_has_fast_bfloat16, cpu_has_fast_int8, provenance
 from pipeline.toolcall import prompt
@@ -54,6 +55,7 @@ class TrainConfig:
     seed: int
     method: str  # full or lora
     frozen_layers: int  # of full: the lowest layers and the embedding stay as they are; 0: all is trained
+    frozen_block_size: int  # these weights are first rounded to 4 bits, as int4's are in blocks of that size; 0: not
     learning_rate: float
     weight_decay: float
     warmup_fraction: float  # of the steps
@@ -69,6 +71,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         config.require_one_of("train.method", self.method, ["full", "lora"])
         config.require_range("train.frozen_layers", self.frozen_layers, 0, 10_000)
+        config.require_one_of("train.frozen_block_size", self.frozen_block_size, [0, 16, 32, 64, 128, 256])
         config.require_range("train.learning_rate", self.learning_rate, 1e-7, 1)
         config.require_range("train.weight_decay", self.weight_decay, 0, 1)
         config.require_range("train.warmup_fraction", self.warmup_fraction, 0, 1)
@@ -143,7 +146,7 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
     }
     log.info("training on %d requests, %d to validate, in %s", *map(len, examples.values()), precision)
     if cfg.method == "full":
-        freeze(model, cfg.frozen_layers)
+        freeze(model, cfg.frozen_layers, cfg.frozen_block_size)
     else:
         model.enable_input_require_grads()
         model = get_peft_model(
@@ -193,16 +196,23 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
     return metrics
 
 
-def freeze(model: Any, layers: int) -> None:
+def freeze(model: Any, layers: int, block_size: int = 0) -> None:
     """Gradients then end above these layers, which saves two thirds of their arithmetic.
 
-    Raises ValueError where the model has no more layers than that.
+    With a `block_size` their matrices go on the grid that INT4 has: what training builds on, INT4 keeps exactly.
+    Raises ValueError where the model has no more layers than that, or the size does not divide a matrix's inputs.
     """
     found = model.get_decoder().layers
     if layers >= len(found):
         raise ValueError(f"train.frozen_layers is {layers}, but the model has {len(found)} layers")
-    for part in [*found[:layers], *([model.get_input_embeddings()] if layers else [])]:
+    embedding = model.get_input_embeddings()
+    for part in [*found[:layers], *([embedding] if layers else [])]:
         part.requires_grad_(False)
+        for module in part.modules() if block_size else ():
+            if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                size = min(block_size, HEAD_BLOCK) if module is embedding else block_size
+                rounded = nearest(module.weight.detach().numpy().T, 4, size)
+                module.weight.data.copy_(torch.from_numpy(rounded.T))
 
 
 def keep_freed_memory() -> None:

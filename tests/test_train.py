@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from pipeline import files, train
 from pipeline.model.base import load_tuned
+from pipeline.model.gptq import nearest
 from pipeline.train import LoraSettings, TrainConfig, run
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +21,7 @@ CFG = TrainConfig(
     seed=0,
     method="full",
     frozen_layers=0,
+    frozen_block_size=0,
     learning_rate=1e-3,
     weight_decay=0.01,
     warmup_fraction=0.0,
@@ -148,6 +150,15 @@ def test_frozen_layers_stay(tiny_base: Path, prepared: Path, tmp_path: Path) -> 
     assert all(name.startswith(("model.layers.1.", "model.norm")) for name in moved)
     with pytest.raises(ValueError, match=r"train\.frozen_layers is 99, but the model has"):
         trained(tiny_base, prepared, tmp_path, frozen_layers=99)
+
+
+def test_frozen_weights_go_on_the_grid_of_int4(tiny_base: Path, prepared: Path, tmp_path: Path) -> None:
+    trained(tiny_base, prepared, tmp_path, frozen_layers=1, frozen_block_size=64)
+    base, tuned = (load_tuned(folder)[0].state_dict() for folder in (tiny_base, tmp_path / "tuned"))
+    for name, block_size in (("layers.0.mlp.up_proj", 64), ("embed_tokens", 32)):
+        before, after = (found[f"model.{name}.weight"].numpy().T for found in (base, tuned))
+        assert (after == nearest(before, 4, block_size)).all()
+        assert not (after == before).all()
 
 
 def free_port() -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+HEAD_BLOCK = 32  # the head is the embedding too, and its blocks cost most where they are coarser (docs/experiments.md)
 DAMPING = 0.01  # of the mean diagonal, as in the paper
 SHRINK = tuple(1 - step / 20 for step in range(9))  # scales to try: a cut outlier can cost less than a coarse rest
 
@@ -27,8 +28,7 @@ def gptq(weight: NDArray[np.float32], gram: NDArray[np.float64], bits: int, bloc
     Raises ValueError where block_size does not divide the inputs.
     """
     inputs, outputs = weight.shape
-    if inputs % block_size:
-        raise ValueError(f"block_size {block_size} does not divide the {inputs} inputs of a weight")
+    require_blocks(inputs, block_size)
     weight, importance = weight.astype(np.float32), np.diag(gram)
     blocks = [slice(start, start + block_size) for start in range(0, inputs, block_size)]
     scales = np.stack([best_scale(weight[block], bits, importance[block]) for block in blocks])
@@ -47,6 +47,26 @@ def gptq(weight: NDArray[np.float32], gram: NDArray[np.float64], bits: int, bloc
         left[block.stop :] -= later.T @ errors
     lost = weight - decode(codes, scales.repeat(block_size, 0), bits)
     return Rounded(codes, scales, float(_products(lost, gram) / max(_products(weight, gram), 1e-30)))
+
+
+def nearest(weight: NDArray[np.float32], bits: int, block_size: int) -> NDArray[np.float32]:
+    """`weight` (inputs, outputs) on a grid that `gptq` finds again: with these bits and blocks it then loses nothing.
+
+    Raises ValueError where block_size does not divide the inputs.
+    """
+    require_blocks(len(weight), block_size)
+    found = np.empty_like(weight)
+    for start in range(0, len(weight), block_size):
+        block = slice(start, start + block_size)
+        scale = best_scale(weight[block], bits, np.ones(block_size)).astype(np.float16).astype(np.float32)
+        scale[scale == 0] = 1  # of weights that are zero, or nearly
+        found[block] = decode(encode(weight[block], scale, bits), scale, bits)
+    return found
+
+
+def require_blocks(inputs: int, block_size: int) -> None:
+    if inputs % block_size:
+        raise ValueError(f"block_size {block_size} does not divide the {inputs} inputs of a weight")
 
 
 def _products(weight: NDArray[np.float32], gram: NDArray[np.float64]) -> float:

@@ -15,7 +15,7 @@ from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 from onnxruntime.quantization.quant_utils import QuantFormat
 
 from pipeline.model import onnx_calibration, onnx_dynamic
-from pipeline.model.gptq import Rounded, gptq
+from pipeline.model.gptq import HEAD_BLOCK, Rounded, gptq
 from pipeline.model.onnx_merge import merge_gate_up
 
 Rows = Sequence[tuple[list[int], int]]  # texts to calibrate on, as onnx_calibration.activations takes them
@@ -24,8 +24,6 @@ Rows = Sequence[tuple[list[int], int]]  # texts to calibrate on, as onnx_calibra
 AllRounded = Mapping[str, tuple[Rounded, int]]  # by the name of the node, with its bits
 NatsLost = Callable[[AllRounded], dict[str, float]]
 Tune = Callable[[AllRounded], dict[str, NDArray[np.float32]]]
-
-HEAD_BLOCK = 32  # the head is the embedding too, and its blocks cost most where they are coarser (docs/experiments.md)
 
 
 @dataclass(frozen=True)

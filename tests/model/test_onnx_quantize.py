@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.model import onnx_calibration, onnx_dynamic, onnx_quantize
 from pipeline.model.agreement import onnx_logits
-from pipeline.model.gptq import decode, encode, gptq
+from pipeline.model.gptq import decode, encode, gptq, nearest
 from pipeline.model.onnx_quantize import AllRounded, quantize
 from pipeline.quantize import VariantConfig
 
@@ -79,6 +79,18 @@ def test_gptq_is_plain_rounding_by_the_best_scale_when_inputs_do_not_correlate()
             np.testing.assert_allclose(found.scales[block, number], best, rtol=1e-5)
             np.testing.assert_array_equal(found.codes[32 * block : 32 * block + 32, number], encode(column, best, 4))
             assert min(lost) <= lost[0]
+
+
+def test_gptq_loses_nothing_of_weights_that_were_put_on_its_grid() -> None:
+    rng = np.random.default_rng(3)
+    weight = rng.normal(size=(128, 40)).astype(np.float32)
+    weight[:64, 7] = 0
+    on_grid = nearest(weight, 4, 64)
+    inputs = rng.normal(size=(500, 128)) @ rng.normal(size=(128, 128))
+    found = gptq(on_grid, inputs.T @ inputs, bits=4, block_size=64)
+    np.testing.assert_array_equal(decode(found.codes, found.scales.repeat(64, 0), 4), on_grid)
+    np.testing.assert_array_equal(found.scales[1], found.scales[1].astype(np.float16))  # they are stored in 16 bits
+    assert 0.05 < np.abs(on_grid - weight).max() < 0.5
 
 
 def test_gptq_loses_less_than_rounding_when_inputs_correlate() -> None:
