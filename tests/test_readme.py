@@ -18,7 +18,7 @@ def test_every_make_target_and_stage_it_names_exists() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
     assert set(re.findall(r"(?:`|^    )make ([a-z]+)", readme, re.MULTILINE)) <= targets
-    for stage in re.findall(r"python -m pipeline\.([a-z]+)", readme):
+    for stage in re.findall(r"python -m pipeline\.([a-z_]+)", readme):
         assert (ROOT / "pipeline" / f"{stage}.py").exists()
 
 
