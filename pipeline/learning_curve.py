@@ -70,7 +70,7 @@ def run(params: Params, overrides: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = files.read_json(report) if report.exists() else {}
     if found.get("provenance", {}).get("inputs_sha256") != origin["inputs_sha256"]:
         require_default_run(params)
-        found = {"default": asdict(default), "rows": [default_row(params, default)], "provenance": origin}
+        found = {"default": asdict(default), "rows": [default_row(params, default, overrides)], "provenance": origin}
         save(found, report)
     sizes = [Trial(n, default.seed) for n in sorted(params.learning_curve.requests)]
     for trial in [*sizes, *(Trial(default.requests, seed) for seed in params.learning_curve.seeds)]:
@@ -110,10 +110,11 @@ def require_default_run(params: Params) -> None:
         raise ValueError("reports/train.json is of other settings than train's: dvc repro trains anew")
 
 
-def default_row(params: Params, default: Trial) -> dict[str, Any]:
+def default_row(params: Params, default: Trial, overrides: list[str]) -> dict[str, Any]:
     paths = params.paths
+    own = [*overrides, f"paths.models={paths.models}"]
     with files.whole_folder(paths.models / "learning_curve") as folder:
-        exact = score(paths.prepared / "validation-hand.jsonl", folder / "exact.json", [f"paths.models={paths.models}"])
+        exact = score(paths.prepared / "validation-hand.jsonl", folder / "exact.json", own)
     shutil.rmtree(paths.models / "learning_curve")
     on_test = files.read_json(paths.reports / f"evaluate/{VARIANT}.json")
     return row_of(default, paths.reports / "train.json", exact, on_test)
