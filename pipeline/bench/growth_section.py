@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.ticker import LogLocator
 
 from pipeline import files
 from pipeline.bench.picture import canvas, line
@@ -201,3 +202,6 @@ def _curve(axes: Any, name: str, x: Sequence[float], measured: Sequence[float], 
 def _ticks(axes: Any, values: Sequence[float]) -> None:
     axes.set_xticks(values, labels=[str(value) for value in values])
     axes.minorticks_off()
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
