@@ -183,16 +183,17 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
         "processes": process.num_processes,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    if not process.is_main_process:
-        return metrics
-    tuned = trainer.model.merge_and_unload() if cfg.method == "lora" else trainer.model
-    tuned.set_attn_implementation(attention)
-    with files.whole_folder(out) as folder:
-        tuned.save_pretrained(folder, safe_serialization=True)
-        tokenizer.save_pretrained(folder)
-    files.write_json(report, metrics | {"provenance": provenance(cfg)})
-    shutil.rmtree(checkpoints)
-    log.info("best validation loss %.4f at step %s", trainer.state.best_metric, metrics["best_step"])
+    if process.is_main_process:
+        tuned = trainer.model.merge_and_unload() if cfg.method == "lora" else trainer.model
+        tuned.set_attn_implementation(attention)
+        with files.whole_folder(out) as folder:
+            tuned.save_pretrained(folder, safe_serialization=True)
+            tokenizer.save_pretrained(folder)
+        files.write_json(report, metrics | {"provenance": provenance(cfg)})
+        shutil.rmtree(checkpoints)
+        log.info("best validation loss %.4f at step %s", trainer.state.best_metric, metrics["best_step"])
+    process.wait_for_everyone()  # one that ended with its connections open would abort, and take the others along
+    process.destroy_process_group()
     return metrics
 
 
