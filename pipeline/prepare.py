@@ -5,7 +5,6 @@ data/prepared and reports/prepare.json. Where paths.requests is one file, a user
 """
 
 import logging
-import math
 import random
 import re
 from collections import Counter
@@ -213,9 +212,9 @@ def _endless(phrasings: list[Phrasing], rng: random.Random) -> Iterator[Phrasing
 
 
 def _weights(kinds: dict[str, list[Phrasing]], cfg: PrepareConfig) -> list[float]:
-    """In the order of the names. A tool with four times the phrasings of another has twice its requests."""
+    """In the order of the names. A tool with sixteen times the phrasings of another has eight times its requests."""
     fixed = {NONE: cfg.none_fraction, "foreign": cfg.foreign_fraction}
-    calls = {name: math.sqrt(len(group)) for name, group in kinds.items() if name not in fixed}
+    calls = {name: len(group) ** 0.75 for name, group in kinds.items() if name not in fixed}
     left = 1 - sum(fixed[name] for name in kinds if name in fixed)
     return [fixed.get(name, left * calls.get(name, 0) / max(1, sum(calls.values()))) for name in sorted(kinds)]
 

@@ -93,6 +93,7 @@ class Params:
 class PrefixTrainer(Trainer):
     """A Trainer whose batch is one step of requests behind shared prefixes."""
 
+    dtype = torch.float32  # of all but the weights, which are float32
     products: AbstractContextManager[Any] = nullcontext()  # how training computes them
     head: tuple[torch.Tensor, torch.Tensor] | None = None  # of training, where the head itself is not trained
 
@@ -102,7 +103,7 @@ class PrefixTrainer(Trainer):
         del num_items_in_batch  # a step is a batch: its mean is taken in shared_prefix.loss
         products, head = (self.products, self.head) if model.training else (nullcontext(), None)
         with products:
-            found = model(inputs, head)  # shared_prefix.loss
+            found = model(inputs, head, self.dtype)  # shared_prefix.loss
         return (found, {}) if return_outputs else found
 
     def get_train_dataloader(self) -> Any:
@@ -273,7 +274,6 @@ def make_trainer(
         lr_scheduler_type="cosine",
         optim="adamw_torch_fused",
         adam_beta2=0.98,
-        bf16=precision == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         seed=cfg.seed,
         eval_strategy="steps",
@@ -300,7 +300,9 @@ def make_trainer(
         data_collator=_pack,
         callbacks=[EarlyStoppingCallback(early_stopping_patience=cfg.patience)],
     )
-    if precision == "int8":
+    if precision == "bfloat16":
+        trainer.dtype = torch.bfloat16
+    elif precision == "int8":
         trainer.products = Int8Products()
     if not trainer.model.get_output_embeddings().weight.requires_grad:
         trainer.head = shared_prefix.short_head(trainer.model, examples["train"])

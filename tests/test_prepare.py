@@ -63,7 +63,7 @@ def test_noise_leaves_the_last_mark_of_a_text_to_write() -> None:
     )
 
 
-def test_a_tool_with_four_times_the_phrasings_gets_twice_the_requests() -> None:
+def test_a_tool_with_sixteen_times_the_phrasings_gets_eight_times_the_requests() -> None:
     def asked(name: str, n: int) -> list[Phrasing]:
         call = {"name": name, "arguments": {"command" if name == "Bash" else "file_path": "x"}}
         template = {"category": name, "expected": call}
@@ -78,8 +78,8 @@ def test_a_tool_with_four_times_the_phrasings_gets_twice_the_requests() -> None:
     tools = parse_tools(files.read_json(ROOT / "data/tools.json"), "tools.json")
     slots: dict[str, list[str | dict[str, Any]]] = {"n": [str(n) for n in range(1000)]}
     cfg = replace(CFG, none_fraction=0, foreign_fraction=0)
-    made = make([*asked("Bash", 16), *asked("Read", 4)], slots, tools, cfg, (600, random.Random(0), set()))
-    assert 1.7 < Counter(r.category for r in made)["Bash"] / Counter(r.category for r in made)["Read"] < 2.3
+    made = make([*asked("Bash", 32), *asked("Read", 2)], slots, tools, cfg, (900, random.Random(0), set()))
+    assert 6.5 < Counter(r.category for r in made)["Bash"] / Counter(r.category for r in made)["Read"] < 9.5
 
 
 def test_split_refuses_too_few_phrasings() -> None:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.func import functional_call
 from torch.nn import functional
 from transformers import AttentionInterface
 
@@ -106,23 +107,32 @@ def short_head(model: Any, examples: Sequence[Example]) -> tuple[torch.Tensor, t
     return tokens, weight[tokens]
 
 
-def loss(model: Any, batch: dict[str, Any], head: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+def loss(
+    model: Any,
+    batch: dict[str, Any],
+    head: tuple[torch.Tensor, torch.Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """Negative log-likelihood of the reply tokens in nats, times their weights, by their number.
 
     `model` is a transformers causal LM whose attention is ATTENTION. Not by the sum of the weights: a step
     that happens to hold many texts would give each of them more. With a `short_head` the likelihood is among its
     tokens: the whole vocabulary takes an eighth of a step's time. The mean over several processes, each with its
     share of a step, is the step's.
+
+    All is computed in `dtype`, norms and the likelihood apart; weights and their gradients stay as they are. They are
+    rounded once: by torch.autocast every product rounds them, and what is between the products is in float32.
     """
-    hidden = model.get_decoder()(
-        input_ids=batch["tokens"], position_ids=batch["positions"], lengths=batch["lengths"], use_cache=False
-    ).last_hidden_state
+    decoder = model.get_decoder()
+    given = {"input_ids": batch["tokens"], "position_ids": batch["positions"], "lengths": batch["lengths"]}
+    weights = {name: weight.to(dtype) for name, weight in decoder.named_parameters()}
+    hidden = functional_call(decoder, weights, (), given | {"use_cache": False}).last_hidden_state
     # The head is a fifth of the arithmetic and most of the memory: it sees only what predicts a reply token.
     hidden, labels = hidden[0, batch["predicting"]], batch["labels"]
-    if head:
-        logits, labels = functional.linear(hidden, head[1]), torch.searchsorted(head[0], labels)
-    else:
-        logits = model.get_output_embeddings()(hidden)
+    vocabulary, rows = head or (None, model.get_output_embeddings().weight)
+    if vocabulary is not None:
+        labels = torch.searchsorted(vocabulary, labels)
+    logits = functional.linear(hidden, rows.to(dtype))
     found = functional.cross_entropy(logits.float(), labels, reduction="none")
     return (found * batch["weights"]).sum() / batch["reply_tokens"]
 
