@@ -76,10 +76,10 @@ def test_a_tool_with_sixteen_times_the_phrasings_gets_eight_times_the_requests()
         ]
 
     tools = parse_tools(files.read_json(ROOT / "data/tools.json"), "tools.json")
-    slots: dict[str, list[str | dict[str, Any]]] = {"n": [str(n) for n in range(1000)]}
+    slots: dict[str, list[str | dict[str, Any]]] = {"n": [str(n) for n in range(10_000)]}
     cfg = replace(CFG, none_fraction=0, foreign_fraction=0)
-    made = make([*asked("Bash", 32), *asked("Read", 2)], slots, tools, cfg, (900, random.Random(0), set()))
-    assert 6.5 < Counter(r.category for r in made)["Bash"] / Counter(r.category for r in made)["Read"] < 9.5
+    made = make([*asked("Bash", 32), *asked("Read", 2)], slots, tools, cfg, (3000, random.Random(0), set()))
+    assert 7 < Counter(r.category for r in made)["Bash"] / Counter(r.category for r in made)["Read"] < 9
 
 
 def test_split_refuses_too_few_phrasings() -> None:
