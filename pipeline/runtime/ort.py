@@ -43,7 +43,7 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
 
 
 def lean_options(threads: int) -> onnxruntime.SessionOptions:
-    """Memory that a long prompt took goes back to the system, a tenth of the process; no call is slower for it."""
+    """Memory that a long prompt took goes back to the system, a twentieth of the process; no call is slower for it."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         m_mmap_threshold = -3  # malloc.h; set, it no longer grows with what was freed
