@@ -19,6 +19,7 @@ from pipeline.model.gptq import HEAD_BLOCK, Rounded, gptq
 from pipeline.model.onnx_merge import merge_gate_up
 
 Rows = Sequence[tuple[list[int], int]]  # texts to calibrate on, as onnx_calibration.activations takes them
+EMBEDDING = "embedding.weight"
 
 
 AllRounded = Mapping[str, tuple[Rounded, int]]  # by the name of the node, with its bits
@@ -82,6 +83,7 @@ def quantize(
         size_threshold=1024,
         convert_attribute=False,
     )
+    _add_embedding(out)
     return counts, compared
 
 
@@ -190,7 +192,6 @@ def _share_embedding(model: onnx.ModelProto) -> None:
     vocabulary, hidden = attributes["N"], attributes["K"]
     bits, block_size = attributes["bits"], attributes["block_size"]
     blocks = math.ceil(hidden / block_size)
-    shape = helper.make_tensor("embedding.shape", TensorProto.INT64, [2], [vocabulary, blocks * block_size * bits // 8])
     scales = next(tensor for tensor in graph.initializer if tensor.name == head.input[2])
     if hidden % block_size and scales.data_type == TensorProto.FLOAT16:
         raise ValueError(
@@ -198,7 +199,7 @@ def _share_embedding(model: onnx.ModelProto) -> None:
             "wrongly (onnxruntime#32663)"
         )
     _reshape_initializer(scales, [vocabulary, blocks])
-    inputs = ["embedding.weight", embed.input[1], head.input[2]]
+    inputs = [EMBEDDING, embed.input[1], head.input[2]]
     if len(head.input) > 3 and head.input[3]:
         points = next(tensor for tensor in graph.initializer if tensor.name == head.input[3])
         _reshape_initializer(points, [vocabulary, -1])
@@ -214,13 +215,25 @@ def _share_embedding(model: onnx.ModelProto) -> None:
         gather_axis=0,
         quantize_axis=1,
     )
-    weight = helper.make_node("Reshape", [head.input[1], shape.name], ["embedding.weight"], name="embedding")
-    graph.initializer.append(shape)
     at = list(graph.node).index(embed)
     graph.node.remove(embed)
     graph.node.insert(at, gather)
-    graph.node.insert(at, weight)
     graph.node.remove(transpose)
+
+
+def _add_embedding(path: Path) -> None:
+    """The head's weight in the file beside the graph, under a second name and as rows of bytes.
+
+    ONNX Runtime reads of it what is looked up, where a Reshape in the graph would have a copy of the whole made.
+    """
+    model = onnx.load(path, load_external_data=False)
+    head = next(node for node in model.graph.node if node.output[0] == "logits")
+    weight = onnx.TensorProto()
+    weight.CopyFrom(next(tensor for tensor in model.graph.initializer if tensor.name == head.input[1]))
+    weight.name = EMBEDDING
+    weight.dims[:] = [weight.dims[0], math.prod(weight.dims[1:])]
+    model.graph.initializer.append(weight)
+    onnx.save(model, path)
 
 
 def _halve_scales(graph: onnx.GraphProto) -> None:

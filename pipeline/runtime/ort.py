@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline import files
 from pipeline.runtime.generation import LONGEST_DRAFT, Ids
+from pipeline.runtime.prefixes import Prefixes
 from pipeline.runtime.recent import Recent
 
 BUFFER_TOKENS = 2048
@@ -124,48 +125,33 @@ def _unpadded(at: int, new: int) -> tuple[Ids, Ids]:
 class FusedRuntime:
     """A graph with GroupQueryAttention on the CPU: one KV buffer a layer, bound as past and present, never copied.
 
-    The prefix stays at the buffer's beginning from one request to the next; copies of the last few are kept beside it.
+    The prefix stays at the buffer's beginning from one request to the next; what it makes room for is kept beside it.
     """
 
     def __init__(self, folder: Path, threads: int, prefixes: int) -> None:
         model, providers = str(folder / "model.onnx"), [PROVIDERS["cpu"]]
         self._session = onnxruntime.InferenceSession(model, lean_options(threads), providers=providers)
         buffer_tokens, self.context_tokens = lengths(folder)
-        self._past = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, buffer_tokens, size), np.float32))
-            for name, (heads, size) in past_inputs(self._session).items()
-        }
         self._binding = self._session.io_binding()
-        for name, value in self._past.items():
+        buffers = []
+        for name, (heads, size) in past_inputs(self._session).items():
+            buffers.append(np.zeros((1, heads, buffer_tokens, size), np.float32))
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(buffers[-1])  # shares its memory
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
         self._mask = np.ones((1, buffer_tokens), np.int64)
-        self._prefixes = Recent[tuple[int, ...], list[NDArray[Any]]](prefixes)
-        self._prefix: tuple[int, ...] = ()
+        self._prefixes = Prefixes(buffers, prefixes)
 
     def keeps(self, prefix: Sequence[int]) -> bool:
         return tuple(prefix) in self._prefixes
 
     def begin(self, prefix: Sequence[int]) -> None:
-        wanted = tuple(prefix)
-        if wanted != self._prefix or not self._prefixes.limit:
-            self._prefix = ()  # stays empty if the next line fails
-            self._write(self._prefixes.get(wanted, lambda: self._begun(wanted)))
-            self._prefix = wanted
-
-    def _begun(self, prefix: tuple[int, ...]) -> list[NDArray[Any]]:
-        """A copy of the KV cache of `prefix`."""
-        self._extend(list(prefix), len(prefix), 1)
-        return [value.numpy()[:, :, : len(prefix)].copy() for value in self._past.values()]
-
-    def _write(self, kept: list[NDArray[Any]]) -> None:
-        for value, part in zip(self._past.values(), kept, strict=True):
-            value.numpy()[:, :, : part.shape[2]] = part  # the buffer itself, not a copy
+        self._prefixes.begin(tuple(prefix), lambda new: self._extend(new, len(new), 1))
 
     def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
-        return self._extend(list(tokens), at + len(tokens), keep)
+        return self._extend(tokens, at + len(tokens), keep)
 
-    def _extend(self, new: list[int], length: int, keep: int) -> NDArray[np.float32]:
+    def _extend(self, new: Sequence[int], length: int, keep: int) -> NDArray[np.float32]:
         """Logits (keep, vocabulary) after the last of `new`, which end at position `length`."""
         binding = self._binding
         binding.bind_cpu_input("input_ids", np.array([new], np.int64))

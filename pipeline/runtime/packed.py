@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.runtime.generation import Row, Step
 from pipeline.runtime.ort import last_output, lean_options, lengths, past_inputs
-from pipeline.runtime.recent import Recent
+from pipeline.runtime.prefixes import Prefixes
 
 HIDDEN = np.finfo(np.float32).min
 
@@ -34,8 +34,7 @@ class PackedRuntime:
             self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
             self._buffers.append(buffer)
         self._mask = np.ones((1, buffer_tokens), np.int64)
-        self._prefixes = Recent[tuple[int, ...], list[NDArray[np.float32]]](prefixes)
-        self._prefix: tuple[int, ...] = ()
+        self._prefixes = Prefixes(self._buffers, prefixes)
         self.rows: list[Row] = []
 
     def keeps(self, prefix: Sequence[int]) -> bool:
@@ -47,19 +46,11 @@ class PackedRuntime:
     def begin(self, prefix: Sequence[int]) -> None:
         """Without rows, and with `prefix` for those to come."""
         self.rows = []
-        wanted = tuple(prefix)
-        if wanted != self._prefix or not self._prefixes.limit:
-            self._prefix = ()  # stays empty if the next line fails
-            for buffer, part in zip(
-                self._buffers, self._prefixes.get(wanted, lambda: self._begun(wanted)), strict=True
-            ):
-                buffer[:, :, : len(wanted)] = part
-            self._prefix = wanted
+        self._prefixes.begin(tuple(prefix), self._compute)
 
-    def _begun(self, prefix: tuple[int, ...]) -> list[NDArray[np.float32]]:
+    def _compute(self, prefix: tuple[int, ...]) -> None:
         n = len(prefix)
         self._run(list(prefix), np.arange(n), np.zeros((n, n), np.float32), 1)
-        return [buffer[:, :, :n].copy() for buffer in self._buffers]
 
     def join(self) -> Row:
         self.rows.append(Row())
@@ -75,7 +66,7 @@ class PackedRuntime:
         return self.step_together([(row, Step(list(tokens[:feed]), list(tokens[feed:]), at))])[0]
 
     def step_together(self, steps: Sequence[tuple[Row, Step]]) -> list[NDArray[np.float32]]:
-        begin = len(self._prefix)
+        begin = len(self._prefixes.current)
         for row, step in steps:
             del row.places[step.at - begin :]
         used = self._close_gaps()
@@ -100,7 +91,7 @@ class PackedRuntime:
         Attention takes time for every place, seen or not.
         """
         taken = {place for row in self.rows for place in row.places}
-        begin, end = len(self._prefix), len(self._prefix) + len(taken)
+        begin, end = len(self._prefixes.current), len(self._prefixes.current) + len(taken)
         gaps = [place for place in range(begin, end) if place not in taken]
         moved = [place for place in taken if place >= end]
         if not moved:

@@ -20,11 +20,20 @@ class Recent(Generic[Key, Value]):
         with self._lock:
             found = self._values.pop(key, None)
         value = make() if found is None else found
+        self.put(key, value)
+        return value
+
+    def put(self, key: Key, value: Value) -> None:
         with self._lock:
+            self._values.pop(key, None)
             self._values[key] = value
             if len(self._values) > self.limit:
                 del self._values[next(iter(self._values))]
-        return value
+
+    def take(self, key: Key) -> Value | None:
+        """It is not kept any longer."""
+        with self._lock:
+            return self._values.pop(key, None)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._values
