@@ -86,6 +86,8 @@ class ToolCaller:
         tools = tools or (own if own.exists() else Path("data/tools.json"))
         tokenizer = Tokenizer(folder)
         found = parse_tools(files.read_json(Path(tools)), str(tools))
+        if techniques.grammar:
+            _ = tokenizer.vocabulary  # before the model, which then takes the memory that making it leaves
         runtime = load_runtime(folder, device, threads, techniques.prefixes, together)
         return cls(runtime, tokenizer, found, techniques)
 

@@ -41,4 +41,5 @@ class Tokenizer:
     @cached_property
     def vocabulary(self) -> LLTokenizer:
         """For grammars. Making it takes a moment."""
-        return LLTokenizer(self._tokenizer.to_str(), n_vocab=len(self), eos_token=self.eos_token_id)
+        # Without the slices that make masks of any text faster: few are made here, and they take 16 MB.
+        return LLTokenizer(self._tokenizer.to_str(), n_vocab=len(self), eos_token=self.eos_token_id, slices=[])
