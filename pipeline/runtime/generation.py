@@ -58,7 +58,6 @@ PREFIXES = 8
 PLAIN = Techniques(PREFIXES, grammar=False, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0)
 ALL = Techniques(PREFIXES, grammar=True, forced=True, draft_tokens=4, guess_tokens=16, alternatives=4)
 SURE = math.log(0.98)  # a token that is likelier than that has no second choice worth trying
-TEXT_FACTOR = math.log(3)  # text is said where any is that much likelier than the best call
 
 
 def ablations(use: Techniques) -> dict[str, Techniques]:
@@ -187,7 +186,7 @@ class Decoding:
 
     With alternatives, of several calls the likeliest. Where the model was unsure of a token, its second choice is gone
     on with too, as long as a call that begins so may be likelier than the best one so far; best-first search, where a
-    candidate is finished greedily. And text, where any text is three times likelier than that call. So a call is said
+    candidate is finished greedily. And text, where any text is likelier than that call. So a call is said
     when its end is known; text comes token by token.
     """
 
@@ -271,7 +270,7 @@ class Decoding:
             self._begin(fork)
             if self.step:
                 return []
-        if self._text and self._text[0] > _total(self._best) + TEXT_FACTOR:
+        if self._text and self._text[0] > _total(self._best):
             self._begin([self._text[1]])
         else:
             self._said, self.step = self._best, None
