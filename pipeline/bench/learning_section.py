@@ -40,7 +40,8 @@ def markdown(found: dict[str, Any]) -> list[str]:
         f"### {TITLE}",
         "![Exact calls by training requests](learning-curve.png)",
         f"Each is a training of its own ({VARIANT}; `python -m pipeline.learning_curve`, at commit "
-        f"{commit[:7] if commit else 'unknown'}). {seeds(found)}",
+        f"{commit[:7] if commit else 'unknown'}, when {found['default']['requests']:,} requests were made by default). "
+        f"{seeds(found)}",
         str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)),
     ]
 
