@@ -10,6 +10,7 @@ from pipeline import files
 from pipeline.bench.picture import INK, canvas
 
 VARIANTS = ("int8", "int4")
+NAMED = 6  # in words, of the products that keep a finer form: the picture and reports/quantize have all
 KINDS = {  # of products, with a mark and a colour each
     "qkv_proj": ("o", "#00619e"),
     "o_proj": ("s", "#88ccee"),
@@ -94,7 +95,9 @@ def _words(found: Found) -> str:
     def figure(product: Found) -> str:
         return f"{1e6 * product['sensitivity']:.0f}" if _is_nats(found) else f"{product['sensitivity']:.1f}"
 
-    listed = ", ".join(f"{product['name']} ({figure(product)})" for product in finer) or "none"
+    listed = ", ".join(f"{product['name']} ({figure(product)})" for product in finer[:NAMED]) or "none"
+    if len(finer) > NAMED:
+        listed += f" and {len(finer) - NAMED} more"
     middle = figure(products[len(products) // 2])
     if _is_nats(found):
         return (

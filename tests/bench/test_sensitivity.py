@@ -37,6 +37,12 @@ def test_nothing_is_said_where_no_product_was_compared(tmp_path: Path) -> None:
     assert sensitivity.markdown(plain, {}) == []
 
 
+def test_of_many_products_the_first_are_named_and_the_others_counted(tmp_path: Path) -> None:
+    products = [{"name": f"layers.{n}.attn.o_proj", "sensitivity": 1e-4 / (n + 1), "finer": True} for n in range(8)]
+    words = sensitivity.all_plots({"int4": INT4 | {"sensitivity": products}}, tmp_path)["sensitivity-int4"]
+    assert words.endswith("layers.5.attn.o_proj (17) and 2 more.")
+
+
 def test_a_product_without_a_layer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'lm_head' names no layer, as in layers\.3\.mlp\.down_proj"):
         sensitivity.layer("lm_head")
