@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import tokenizers
-from llguidance import LLTokenizer
+from llguidance import LLTokenizer, TokenizerWrapper
 
 from pipeline import files
 
@@ -42,4 +42,20 @@ class Tokenizer:
     def vocabulary(self) -> LLTokenizer:
         """For grammars. Making it takes a moment."""
         # Without the slices that make masks of any text faster: few are made here, and they take 16 MB.
-        return LLTokenizer(self._tokenizer.to_str(), n_vocab=len(self), eos_token=self.eos_token_id, slices=[])
+        sizes = {"n_vocab": len(self), "eos_token": self.eos_token_id, "slices": []}
+        own = LLTokenizer(self._tokenizer.to_str(), **sizes)
+        # It holds a tokenizer like this one, of 10 MB: it gives the bytes of each token, and goes.
+        return LLTokenizer(TokenizerWrapper(_Encoder(self, own)), **sizes)
+
+
+class _Encoder:
+    """What a TokenizerWrapper asks for."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: LLTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_token_id, None
+        self.tokens = [vocabulary.decode_bytes([token]) for token in range(len(tokenizer))]
+        self.special_token_ids = [token for token in range(len(tokenizer)) if vocabulary.is_special_token(token)]
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, split_special_tokens=True)

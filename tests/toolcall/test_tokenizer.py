@@ -29,6 +29,18 @@ def test_tokens_and_texts_are_those_of_transformers(
     assert (own.eos_token_id, len(own)) == (theirs.eos_token_id, len(theirs))
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.lists(st.text() | st.sampled_from([START, END, " ,", "\n"])).map("".join))
+def test_a_grammar_reads_a_text_as_a_request_does(tiny_base: Path, text: str) -> None:
+    """Special tokens written in it are text."""
+    tokenizer = Tokenizer(tiny_base)
+    vocabulary = tokenizer.vocabulary
+    ids = tokenizer.encode(text, split_special_tokens=True)
+    assert vocabulary.tokenize_str(text) == ids
+    assert vocabulary.decode_bytes(ids) == text.encode()
+    assert vocabulary.is_special_token(tokenizer.eos_token_id)
+
+
 def test_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="only fast tokenizers can be used"):
         Tokenizer(tmp_path)
