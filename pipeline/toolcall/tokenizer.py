@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 
@@ -45,7 +46,8 @@ class Tokenizer:
         sizes = {"n_vocab": len(self), "eos_token": self.eos_token_id, "slices": []}
         own = LLTokenizer(self._tokenizer.to_str(), **sizes)
         # It holds a tokenizer like this one, of 10 MB: it gives the bytes of each token, and goes.
-        return LLTokenizer(TokenizerWrapper(_Encoder(self, own)), **sizes)
+        # Of a copy, which has no vocabulary: a circle through Rust would never be freed.
+        return LLTokenizer(TokenizerWrapper(_Encoder(copy(self), own)), **sizes)
 
 
 class _Encoder:

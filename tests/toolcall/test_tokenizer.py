@@ -1,5 +1,7 @@
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,15 @@ def test_a_grammar_reads_a_text_as_a_request_does(tiny_base: Path, text: str) ->
     assert vocabulary.tokenize_str(text) == ids
     assert vocabulary.decode_bytes(ids) == text.encode()
     assert vocabulary.is_special_token(tokenizer.eos_token_id)
+
+
+def test_a_tokenizer_that_nobody_needs_is_freed(tiny_base: Path) -> None:
+    tokenizer = Tokenizer(tiny_base)
+    assert tokenizer.vocabulary.vocab_size == len(tokenizer)
+    left = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert left() is None
 
 
 def test_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
