@@ -43,11 +43,11 @@ class Tokenizer:
     def vocabulary(self) -> LLTokenizer:
         """For grammars. Making it takes a moment."""
         # Without the slices that make masks of any text faster: few are made here, and they take 16 MB.
-        sizes = {"n_vocab": len(self), "eos_token": self.eos_token_id, "slices": []}
-        own = LLTokenizer(self._tokenizer.to_str(), **sizes)
+        options = {"n_vocab": len(self), "eos_token": self.eos_token_id, "slices": []}
+        own = LLTokenizer(self._tokenizer.to_str(), **options)
         # It holds a tokenizer like this one, of 10 MB: it gives the bytes of each token, and goes.
         # Of a copy, which has no vocabulary: a circle through Rust would never be freed.
-        return LLTokenizer(TokenizerWrapper(_Encoder(copy(self), own)), **sizes)
+        return LLTokenizer(TokenizerWrapper(_Encoder(copy(self), own)), **options)
 
 
 class _Encoder:
