@@ -100,9 +100,11 @@ def _words(found: Found) -> str:
         listed += f" and {len(finer) - NAMED} more"
     middle = figure(products[len(products) // 2])
     if _is_nats(found):
+        exact = sum(product["sensitivity"] == 0 for product in products)
+        unmarked = f" {exact} lose nothing, being on the grid of these bits already, and have no mark." if exact else ""
         return (
             f"What {found['settings']['bits']} bits in a product alone cost the replies, in millionths of a nat a "
-            f"token (KL divergence), for a million weights; median {middle}. In 8 bits: {listed}."
+            f"token (KL divergence), for a million weights; median {middle}. In 8 bits: {listed}.{unmarked}"
         )
     return (
         "How far the largest channel of a product's inputs stands above the median one, which one scale for all must "

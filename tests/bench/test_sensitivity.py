@@ -43,6 +43,12 @@ def test_of_many_products_the_first_are_named_and_the_others_counted(tmp_path: P
     assert words.endswith("layers.5.attn.o_proj (17) and 2 more.")
 
 
+def test_products_that_lose_nothing_are_counted_for_a_log_scale_cannot_show_them(tmp_path: Path) -> None:
+    products = [*INT4["sensitivity"], {"name": "layers.0.attn.o_proj", "sensitivity": 0.0, "finer": False}]
+    words = sensitivity.all_plots({"int4": INT4 | {"sensitivity": products}}, tmp_path)["sensitivity-int4"]
+    assert words.endswith("(437). 1 lose nothing, being on the grid of these bits already, and have no mark.")
+
+
 def test_a_product_without_a_layer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'lm_head' names no layer, as in layers\.3\.mlp\.down_proj"):
         sensitivity.layer("lm_head")
