@@ -61,7 +61,7 @@ class TrainConfig:
     warmup_fraction: float  # of the steps
     epochs: float
     text_weight: float  # of a token in a reply of text, where one in a call has 1: texts can rarely be foreseen
-    precision: str  # of matrix products: float32, bfloat16, int8, or auto: the fastest that this machine is made for
+    precision: str  # float32, bfloat16, int8 (of the products alone), or auto: the fastest that this machine has
     tokens_per_step: int  # prefixes included
     evaluations: int  # over the whole training
     validation_requests: int  # how many of the validation split, evenly spaced, an evaluation takes
