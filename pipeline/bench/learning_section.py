@@ -74,7 +74,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axes.plot(n, exact, **line(VARIANT, VARIANT))
         axes.plot(_numbers(others), _percent(others), "o", color=QUIET, label="other seeds")
         for at, height in zip(n, exact, strict=True):
-            axes.annotate(f"{height:.1f}%", (at, height), textcoords="offset points", xytext=(0, 7), ha="center")
+            axes.annotate(f"{height:.1f}%", (at, height), textcoords="offset points", xytext=(5, -11))
         axes.set(xlabel="training requests", ylabel="exact, validation by hand (%)", xlim=(0, None))
         if others:
             axes.legend(fontsize=7, loc="lower right")
