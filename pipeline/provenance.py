@@ -37,14 +37,6 @@ def machine() -> dict[str, Any]:
 _FLAGS = {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm"}
 
 
-def cpu_has_fast_bfloat16() -> bool:
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags())
-
-
-def cpu_has_fast_int8() -> bool:
-    return bool({"avx512_vnni", "avx_vnni", "amx_int8", "i8mm"} & _cpu_flags())
-
-
 def _cpu_field(*names: str) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []

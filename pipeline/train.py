@@ -22,6 +22,7 @@ import hydra
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from dvclive import Live
 from omegaconf import DictConfig
@@ -34,13 +35,14 @@ from pipeline import config, files
 from pipeline.model import base, shared_prefix
 from pipeline.model.gptq import HEAD_BLOCK, nearest
 from pipeline.model.int8_training import Int8Products
-from pipeline.provenance import cpu_has_fast_bfloat16, cpu_has_fast_int8, provenance
+from pipeline.provenance import provenance
 from pipeline.toolcall import prompt
 from pipeline.toolcall.conversation import parse_request
 
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("float32", "bfloat16", "int8")
+INT8_MAX_TIME = 0.75  # of the next best: a step in int8 teaches a little less (docs/experiments.md)
 
 
 @dataclass
@@ -61,7 +63,7 @@ class TrainConfig:
     warmup_fraction: float  # of the steps
     epochs: float
     text_weight: float  # of a token in a reply of text, where one in a call has 1: texts can rarely be foreseen
-    precision: str  # float32, bfloat16, int8 (of the products alone), or auto: the fastest that this machine has
+    precision: str  # float32, bfloat16, int8 (of the products alone), or auto: the fastest here, measured
     tokens_per_step: int  # prefixes included
     evaluations: int  # over the whole training
     validation_requests: int  # how many of the validation split, evenly spaced, an evaluation takes
@@ -96,6 +98,30 @@ class PrefixTrainer(Trainer):
     dtype = torch.float32  # of all but the weights, which are float32
     products: AbstractContextManager[Any] = nullcontext()  # how training computes them
     head: tuple[torch.Tensor, torch.Tensor] | None = None  # of training, where the head itself is not trained
+
+    def compute_in(self, precision: str) -> None:
+        self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self.products = Int8Products() if precision == "int8" else nullcontext()
+
+    def fastest_precision(self) -> str:
+        """By one small step in each on a CPU, whose flags do not tell: some are slower in bfloat16 than in float32."""
+        if self.args.device.type == "cuda":
+            return "bfloat16"
+        batch = _pack([{"step": self.train_dataset[0]["step"][:8]}])
+        self.model.train()
+        seconds: dict[str, float] = {}
+        for precision in PRECISIONS:
+            self.compute_in(precision)
+            for _ in range(2):  # the first time, its memory is new
+                start = time.perf_counter()
+                self.compute_loss(self.model, batch).backward()
+                seconds[precision] = time.perf_counter() - start
+            self.model.zero_grad()
+        log.info("a step of %d requests takes %s", len(batch["lengths"][0]) - 1, seconds)
+        seconds["int8"] /= INT8_MAX_TIME
+        found = [min(seconds, key=seconds.__getitem__)]
+        broadcast_object_list(found)  # all processes take that of the main one
+        return found[0]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -135,7 +161,7 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
     torch.manual_seed(cfg.seed)
     keep_freed_memory()
     process = PartialState(cpu=not torch.cuda.is_available())
-    precision = choose_precision(cfg.precision)
+    refuse_int8_on_a_gpu(cfg.precision)
     model, tokenizer = base.load_tuned(base_folder)
     attention = model.config._attn_implementation
     model.set_attn_implementation(shared_prefix.ATTENTION)
@@ -145,7 +171,6 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
             files.read_spread(prepared / "validation.jsonl", cfg.validation_requests), tokenizer, cfg.text_weight
         ),
     }
-    log.info("training on %d requests, %d to validate, in %s", *map(len, examples.values()), precision)
     if cfg.method == "full":
         freeze(model, cfg.frozen_layers, cfg.frozen_block_size)
     else:
@@ -165,7 +190,10 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
         checkpoints = _checkpoints(out, base_folder, prepared, cfg)
     start = time.perf_counter()
     last = get_last_checkpoint(str(checkpoints))
-    trainer = make_trainer(model, examples, precision, checkpoints, cfg)
+    trainer = make_trainer(model, examples, checkpoints, cfg)
+    precision = trainer.fastest_precision() if cfg.precision == "auto" else cfg.precision
+    trainer.compute_in(precision)
+    log.info("training on %d requests, %d to validate, in %s", *map(len, examples.values()), precision)
     with ExitStack() as stack:
         if process.is_main_process:
             live = Live(str(report.with_suffix("")), dvcyaml=None, report=None, save_dvc_exp=False, resume=bool(last))
@@ -226,15 +254,9 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, -1)
 
 
-def choose_precision(wanted: str) -> str:
-    """Raises ValueError for int8 on a GPU: its products are written for the CPU."""
-    if wanted == "int8" and torch.cuda.is_available():
+def refuse_int8_on_a_gpu(precision: str) -> None:
+    if precision == "int8" and torch.cuda.is_available():
         raise ValueError("train.precision is int8, which is for CPUs, but training would run on CUDA: use bfloat16")
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available() or cpu_has_fast_bfloat16():
-        return "bfloat16"
-    return "int8" if cpu_has_fast_int8() else "float32"
 
 
 def read_examples(rows: Iterable[tuple[str, Any]], tokenizer: Any, text_weight: float) -> list[shared_prefix.Example]:
@@ -256,7 +278,6 @@ def read_examples(rows: Iterable[tuple[str, Any]], tokenizer: Any, text_weight: 
 def make_trainer(
     model: Any,
     examples: dict[str, list[shared_prefix.Example]],
-    precision: str,
     checkpoints: Path,
     cfg: TrainConfig,
 ) -> PrefixTrainer:
@@ -300,10 +321,6 @@ def make_trainer(
         data_collator=_pack,
         callbacks=[EarlyStoppingCallback(early_stopping_patience=cfg.patience)],
     )
-    if precision == "bfloat16":
-        trainer.dtype = torch.bfloat16
-    elif precision == "int8":
-        trainer.products = Int8Products()
     if not trainer.model.get_output_embeddings().weight.requires_grad:
         trainer.head = shared_prefix.short_head(trainer.model, examples["train"])
     return trainer

@@ -4,7 +4,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,6 +16,7 @@ from omegaconf import OmegaConf
 from pipeline import files, train
 from pipeline.model.base import load_tuned
 from pipeline.model.gptq import nearest
+from pipeline.model.int8_training import Int8Products
 from pipeline.train import LoraSettings, TrainConfig, run
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +30,7 @@ CFG = TrainConfig(
     warmup_fraction=0.0,
     epochs=2,
     text_weight=0.2,
-    precision="auto",
+    precision="float32",
     tokens_per_step=400,
     evaluations=4,
     validation_requests=100,
@@ -135,10 +138,38 @@ def test_each_precision_learns_the_same(precision: str, tiny_base: Path, prepare
     assert curve["loss"].iloc[-1] < 0.9 * curve["loss"].iloc[0]
 
 
+@pytest.mark.parametrize(
+    ("step_s", "fastest"),
+    [
+        ({"float32": 0.1, "bfloat16": 0.2, "int8": 0.2}, "float32"),
+        ({"float32": 0.2, "bfloat16": 0.1, "int8": 0.2}, "bfloat16"),
+        ({"float32": 0.2, "bfloat16": 0.4, "int8": 0.1}, "int8"),
+        ({"float32": 0.2, "bfloat16": 0.4, "int8": 0.17}, "float32"),  # saves too little for what it costs
+    ],
+)
+def test_auto_takes_the_precision_whose_steps_are_fastest(
+    step_s: dict[str, float],
+    fastest: str,
+    tiny_base: Path,
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compute_loss = train.PrefixTrainer.compute_loss
+
+    def slowed(self: train.PrefixTrainer, *given: Any, **more: Any) -> Any:
+        int8 = isinstance(self.products, Int8Products)
+        time.sleep(step_s["int8" if int8 else str(self.dtype).removeprefix("torch.")])
+        return compute_loss(self, *given, **more)
+
+    monkeypatch.setattr(train.PrefixTrainer, "compute_loss", slowed)
+    assert trained(tiny_base, prepared, tmp_path, precision="auto", epochs=0.1, evaluations=1)["precision"] == fastest
+
+
 def test_int8_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match=r"train\.precision is int8, which is for CPUs"):
-        train.choose_precision("int8")
+        train.refuse_int8_on_a_gpu("int8")
 
 
 def test_frozen_layers_stay(tiny_base: Path, prepared: Path, tmp_path: Path) -> None:
