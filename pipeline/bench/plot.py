@@ -278,9 +278,9 @@ def _loss(train: Found, curves: Path, path: Path) -> str:
         for name, label, ink in (("train", "training", QUIET), ("eval", "validation", colour(REFERENCE))):
             curve = pd.read_csv(curves / name / "loss.tsv", sep="\t")
             steps, losses = curve["step"], curve.iloc[:, -1]
-            axes.plot(steps, losses, color=ink, marker="." if name == "eval" else "", linewidth=1.4)
-            axes.annotate(label, (steps.iloc[-1], losses.iloc[-1]), (5, 0), va="center", color=ink, **BESIDE)
+            axes.plot(steps, losses, color=ink, marker="." if name == "eval" else "", linewidth=1.4, label=label)
         axes.set(xlabel="step", ylabel="loss, nats per token of a reply (log)", yscale="log")
+        axes.legend(loc="upper right")  # their ends lie too close together for names beside them
         axes.grid(visible=True)
     return f"{title}. Training and validation loss by step; the tuned model has the weights of the lowest."
 
