@@ -190,7 +190,7 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
     start = time.perf_counter()
     last = get_last_checkpoint(str(checkpoints))
     trainer = make_trainer(model, examples, checkpoints, cfg)
-    precision = trainer.fastest_precision() if cfg.precision == "auto" else cfg.precision
+    precision = cfg.precision if cfg.precision != "auto" else _fastest_precision(trainer, checkpoints, bool(last))
     trainer.compute_in(precision)
     log.info("training on %d requests, %d to validate, in %s", *map(len, examples.values()), precision)
     with ExitStack() as stack:
@@ -347,6 +347,17 @@ def _checkpoints(out: Path, base_folder: Path, prepared: Path, cfg: TrainConfig)
         shutil.rmtree(folder, ignore_errors=True)
         files.write_json(left, inputs)
     return folder
+
+
+def _fastest_precision(trainer: PrefixTrainer, checkpoints: Path, goes_on: bool) -> str:
+    """A training that goes on keeps the one it began with."""
+    chosen = checkpoints / "precision.json"
+    if goes_on and chosen.exists():
+        return str(files.read_json(chosen))
+    precision = trainer.fastest_precision()
+    if trainer.is_world_process_zero():
+        files.write_json(chosen, precision)
+    return precision
 
 
 @hydra.main(version_base="1.3", config_path="..", config_name="params")

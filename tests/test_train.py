@@ -110,13 +110,16 @@ def test_interrupted_training_goes_on_and_ends_as_if_it_had_not_been(
                 raise KeyboardInterrupt
             super().on_log(args, state, control, logs, **more)
 
+    fastest = iter(["float32", "int8"])  # when it goes on, another is
+    monkeypatch.setattr(train.PrefixTrainer, "fastest_precision", lambda _: next(fastest))
     with monkeypatch.context() as patch:
         patch.setattr(train, "LossCurves", Killed)
         with pytest.raises(KeyboardInterrupt):
-            trained(tiny_base, prepared, tmp_path / "cut")
+            trained(tiny_base, prepared, tmp_path / "cut", precision="auto")
     assert (tmp_path / "cut/tuned.checkpoints").exists()
     assert not (tmp_path / "cut/tuned").exists()
-    again = trained(tiny_base, prepared, tmp_path / "cut")
+    again = trained(tiny_base, prepared, tmp_path / "cut", precision="auto")
+    assert again["precision"] == "float32"
     assert again["best_validation_loss"] == pytest.approx(whole["best_validation_loss"], rel=1e-4)
     curves = [pd.read_csv(tmp_path / name / "train/plots/metrics/eval/loss.tsv", sep="\t") for name in ("whole", "cut")]
     assert curves[0]["step"].tolist() == curves[1]["step"].tolist()
