@@ -13,6 +13,7 @@ T = TypeVar("T")
 @dataclass
 class Paths:
     tools: Path
+    keywords: Path
     requests: Path
     prepared: Path
     models: Path

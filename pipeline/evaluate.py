@@ -23,13 +23,14 @@ from pipeline.bench.accuracy import Answer, measures, row
 from pipeline.bench.inputs import inputs_sha256
 from pipeline.bench.statistics import mcnemar_p
 from pipeline.provenance import provenance
-from pipeline.runtime.caller import ToolCaller
+from pipeline.runtime.caller import ToolCaller, TooLongError
 from pipeline.runtime.generation import PLAIN, RowsRuntime, Techniques, generate_together
 from pipeline.toolcall import reply as replies
 from pipeline.toolcall import score
-from pipeline.toolcall.conversation import Request, parse_request
+from pipeline.toolcall.conversation import Request
 from pipeline.toolcall.keyword import keyword_call, parse_rules
-from pipeline.toolcall.tool import parse_tools
+from pipeline.toolcall.requests import read_requests
+from pipeline.toolcall.tool import find_tool, parse_tools
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ KEYWORD = "keyword"
 HELD = ("fused-fp32", "int8", "int4")  # by the grammar, with all techniques; the others answer as they are
 BATCH = 16  # requests that are answered together where the runtime can
 REFERENCE = "fused-fp32"  # quantized variants are compared with it, request by request
+TOO_LONG = Answer(replies.OPENING, confidence=0.0)  # to a request that does not fit the context: no valid call
 
 
 @dataclass
@@ -80,10 +82,7 @@ class Params:
 
 def run(paths: config.Paths, out: Path, variant: str, techniques: Techniques, cfg: EvaluateConfig) -> dict[str, Any]:
     tools = parse_tools(files.read_json(paths.tools), str(paths.tools))
-    read = files.read_spread(cfg.requests, cfg.base_requests) if variant == BASE else files.read_jsonl(cfg.requests)
-    requests = [parse_request(value, tools, where) for where, value in read]
-    if not requests:
-        raise ValueError(f"{cfg.requests}: holds no request")
+    requests = read_requests(cfg.requests, tools, cfg.base_requests if variant == BASE else None)
     log.info("%s: %d requests", variant, len(requests))
     use = techniques if variant in HELD or variant in cuda.HELD else PLAIN
     made = answers(paths, variant, requests, use, cfg)
@@ -104,7 +103,13 @@ def run(paths: config.Paths, out: Path, variant: str, techniques: Techniques, cf
             files.write_json(out, {"variant": variant, **gate, "provenance": provenance((techniques, cfg))})
         cuda.require_parity(variant, same, cfg.min_same_reply_fraction)
     rows = [row(request, answer) for request, answer in zip(requests, made, strict=True)]
+    too_long = [found for found, answer in zip(rows, made, strict=True) if answer is TOO_LONG]
+    for found in too_long:
+        found["outcome"] = score.Outcome.MALFORMED  # also where no call is right
     metrics = {"variant": variant, **gate, **measures(requests, rows)}
+    if too_long:
+        metrics["too_long"] = len(too_long)
+        log.warning("%s: requests that do not fit the context: %s", variant, [found["id"] for found in too_long])
     reference, precision = (cuda.REFERENCE, "fp16") if cfg.device == "cuda" else (REFERENCE, "fp32")
     if variant == reference:
         metrics["different_from_torch"] = different(out.with_name("torch-fp32.replies.jsonl"), rows)
@@ -141,24 +146,38 @@ def answers(
     """`on_cpu`: of the model for `cfg.device`, but on the CPU."""
     model = folder(paths, variant, cfg)
     if model is None:
-        rules = parse_rules(files.read_json(paths.tools.with_name("keywords.json")))
-        calls = [keyword_call(request.messages[-1]["content"], rules) for request in requests]
+        rules = parse_rules(files.read_json(paths.keywords), str(paths.keywords)) if paths.keywords.exists() else []
+        if not any(find_tool(request.tools, rule.tool) for request in requests for rule in rules):
+            log.warning("%s: no rule for a tool on offer, so the keyword baseline never calls", paths.keywords)
+        calls = [keyword_call(request.messages[-1]["content"], rules, request.tools) for request in requests]
         return [Answer(replies.write_call(call) if call else "") for call in calls]
     device = "cpu" if on_cpu else cfg.device
     caller = ToolCaller.load(model, paths.tools, device, cfg.threads, techniques)
     if techniques == PLAIN and isinstance(caller.runtime, RowsRuntime):
         return together(caller, caller.runtime, requests, cfg)
-    made = (caller.reply(r.messages, r.tools, cfg.max_new_tokens) for r in tqdm(requests, desc=variant, mininterval=5))
-    return [Answer(reply.text, reply.confidence, reply.changed) for reply in made]
+    return [alone(caller, request, cfg.max_new_tokens) for request in tqdm(requests, desc=variant, mininterval=5)]
+
+
+def alone(caller: ToolCaller, request: Request, max_new_tokens: int) -> Answer:
+    try:
+        reply = caller.reply(request.messages, request.tools, max_new_tokens)
+    except TooLongError:
+        return TOO_LONG
+    return Answer(reply.text, reply.confidence, reply.changed)
 
 
 def together(
     caller: ToolCaller, runtime: RowsRuntime, requests: Sequence[Request], cfg: EvaluateConfig
 ) -> list[Answer]:
     """The same greedy replies, several at a time: alone, PyTorch takes a second and more for each."""
-    asked = [caller.encode(request.messages, request.tools, cfg.max_new_tokens) for request in requests]
-    order = sorted(range(len(asked)), key=lambda at: (asked[at][0], len(asked[at][1])))
+    asked: dict[int, tuple[list[int], list[int]]] = {}
     found: dict[int, Answer] = {}
+    for at, request in enumerate(requests):
+        try:
+            asked[at] = caller.encode(request.messages, request.tools, cfg.max_new_tokens)
+        except TooLongError:
+            found[at] = TOO_LONG
+    order = sorted(asked, key=lambda at: (asked[at][0], len(asked[at][1])))
     with tqdm(total=len(asked), mininterval=5) as progress:
         for prefix, members in groupby(order, key=lambda at: asked[at][0]):
             rest = list(members)
@@ -170,7 +189,7 @@ def together(
                     for at, tokens in zip(batch, made, strict=True)
                 }
                 progress.update(len(batch))
-    return [found[at] for at in range(len(asked))]
+    return [found[at] for at in range(len(requests))]
 
 
 def compare(reference: Path, rows: Sequence[dict[str, Any]]) -> float | None:

@@ -27,7 +27,7 @@ def run(out: Path, cfg: config.ModelConfig) -> None:
     log.info("fetching %s", cfg.base)
     model, tokenizer, digest = base.fetch_base(cfg.base, cfg.sha256)
     with files.whole_folder(out) as folder:
-        model.save_pretrained(folder, safe_serialization=True)
+        model.save_pretrained(folder, safe_serialization=True, max_shard_size=files.ONE_FILE)
         tokenizer.save_pretrained(folder)
         files.write_json(folder / "source.json", {"base": cfg.base, "sha256": digest})
     log.info("%.1f million parameters in %s", model.num_parameters() / 1e6, out)

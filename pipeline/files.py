@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+ONE_FILE = "1TB"  # max_shard_size of save_pretrained: all else reads model.safetensors
+
 
 def read_json(path: Path) -> Any:
     """Raises ValueError naming the file, line and column where it is no JSON."""

@@ -4,9 +4,9 @@
     python -m pipeline.learning_curve 'learning_curve.seeds=[]'    only the numbers of requests
 
 Beside the default run, whose models are there, each trial is prepared, trained, exported and scored in a folder of its
-own under models, which goes when its row is in reports/learning_curve.json. What was done with equal settings and data
-is not done again, and an interrupted training goes on. Numbers of requests are scored on the validation requests
-written by hand, from which one is chosen; seeds of the default number on the test too. Also writes
+own under models, which goes when its row is in reports/learning_curve.json. What was done with equal settings, data and
+base model is not done again, and an interrupted training goes on. Numbers of requests are scored on the validation
+requests written by hand, from which one is chosen; seeds of the default number on the test too. Also writes
 learning-curve.png; the stage `report` shows both.
 """
 
@@ -28,6 +28,7 @@ from pipeline import config, files
 from pipeline.bench import learning_section
 from pipeline.prepare import PrepareConfig
 from pipeline.provenance import provenance
+from pipeline.runtime.generation import Techniques
 from pipeline.train import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Params:
     paths: config.Paths
     prepare: PrepareConfig
     train: TrainConfig
+    techniques: Techniques
     learning_curve: LearningCurveConfig
 
 
@@ -66,10 +68,12 @@ def run(params: Params, overrides: list[str]) -> dict[str, Any]:
     """
     paths, default = params.paths, Trial(params.prepare.requests, params.train.seed)
     report = paths.reports / "learning_curve.json"
-    origin = provenance((params.prepare, params.train)) | {"inputs_sha256": inputs_sha256(params)}
+    origin = provenance((params.prepare, params.train, params.techniques)) | {"inputs_sha256": inputs_sha256(params)}
     found: dict[str, Any] = files.read_json(report) if report.exists() else {}
     if found.get("provenance", {}).get("inputs_sha256") != origin["inputs_sha256"]:
         require_default_run(params)
+        if found:
+            log.info("%s is of other settings, data or another base model: all trials are done anew", report)
         found = {"default": asdict(default), "rows": [default_row(params, default, overrides)], "provenance": origin}
         save(found, report)
     sizes = [Trial(n, default.seed) for n in sorted(params.learning_curve.requests)]
@@ -88,12 +92,14 @@ def save(found: dict[str, Any], report: Path) -> None:
 
 
 def inputs_sha256(params: Params) -> str:
-    """Of all that the trials have in common."""
+    """Of all that the trials have in common: the base by its source.json, which has the hash of its weights."""
+    read = [params.paths.models / "base/source.json", params.paths.tools, *requests_files(params.paths.requests)]
     text = json.dumps(
         {
             "prepare": asdict(params.prepare),
             "train": asdict(params.train),
-            "files": [files.sha256(path) for path in [params.paths.tools, *requests_files(params.paths.requests)]],
+            "techniques": asdict(params.techniques),
+            "files": [files.sha256(path) for path in read],
         },
         sort_keys=True,
     )
@@ -144,6 +150,7 @@ def row_of(trial: Trial, train: Path, exact: dict[str, Any], on_test: dict[str, 
     trained = files.read_json(train)
     return {
         **asdict(trial),
+        "commit": trained["provenance"]["commit"],  # the default run's may be another than this one's
         "train_requests": trained["train_requests"],
         "steps": trained["steps"],
         "train_s": trained["train_s"],

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,13 @@ class Params:
 
 
 class Served:
-    """The server as a process of its own, with the settings of params.yaml but for the port."""
+    """The server as a process of its own."""
 
     def __init__(self, cfg: ServeConfig) -> None:
         self.url = f"http://127.0.0.1:{cfg.port}"
-        arguments = [f"serve.model={cfg.model}", f"serve.port={cfg.port}", f"serve.queue_length={cfg.queue_length}"]
         start = time.perf_counter()
         self.process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "pipeline.serve", *arguments], stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "pipeline.serve", *overrides(cfg)], stdout=subprocess.DEVNULL
         )
         while not self._ready():
             if self.process.poll() is not None:
@@ -87,6 +86,12 @@ class Served:
         return self.process.wait(60)
 
 
+def overrides(cfg: ServeConfig) -> list[str]:
+    """All of `cfg` in Hydra's grammar, but for the host: the server is asked from this machine alone."""
+    settings = asdict(replace(cfg, host="127.0.0.1")).items()
+    return [f"serve.{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in settings]
+
+
 def run(paths: config.Paths, report: Path, serve: ServeConfig, cfg: LoadTestConfig) -> dict[str, Any]:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
     requests = [parse_request(value, (), where) for where, value in files.read_jsonl(paths.prepared / "test.jsonl")]
@@ -103,7 +108,7 @@ def run(paths: config.Paths, report: Path, serve: ServeConfig, cfg: LoadTestConf
         metrics["ready_after_kill_s"] = served.ready_s
     finally:
         served.end(signal.SIGKILL)
-    files.write_json(report, metrics | {"provenance": provenance(cfg)})
+    files.write_json(report, metrics | {"provenance": provenance((serve, cfg))})
     log.info("%s", metrics)
     return metrics
 
@@ -118,12 +123,15 @@ def overhead_p50_s(paths: config.Paths, serve: ServeConfig, cfg: LoadTestConfig,
         with httpx.Client(base_url=served.url, timeout=60) as client:
             for request in [some[0], *some]:  # the first warms both up
                 ours = _fastest_s(partial(caller.reply, request.messages, request.tools, cfg.max_new_tokens))
-                added.append(
-                    _fastest_s(partial(client.post, "/v1/messages", json=body(request, cfg.max_new_tokens))) - ours
-                )
+                added.append(_fastest_s(partial(post, client, body(request, cfg.max_new_tokens))) - ours)
     finally:
         served.end(signal.SIGTERM)
     return float(np.median(added[1:]))
+
+
+def post(client: httpx.Client, content: dict[str, Any]) -> None:
+    """Raises httpx.HTTPStatusError: a refusal is fast, but no reply."""
+    client.post("/v1/messages", json=content).raise_for_status()
 
 
 def _fastest_s(work: Callable[[], Any]) -> float:
@@ -216,7 +224,7 @@ async def overload(served: Served, serve: ServeConfig, cfg: LoadTestConfig, requ
             "queue_length": serve.queue_length,
             "statuses": {str(status): count for status, count in statuses.items()},
             "refused_p95_s": float(np.percentile(refused, 95)) if refused else None,
-            "accepted_longest_s": max(took for status, took in answers if status == 200),
+            "accepted_longest_s": max((took for status, took in answers if status == 200), default=None),
         }
     }
 

@@ -2,26 +2,33 @@
 
 Reads data/tools.json and data/requests; writes {train,validation,test,validation-hand}.jsonl in
 data/prepared and reports/prepare.json. Where paths.requests is one file, a user's own, it is split instead.
+What a later stage would refuse is refused here.
 """
 
+import json
 import logging
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import hydra
+from llguidance import LLTokenizer
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from pipeline import config, files
 from pipeline.provenance import provenance
-from pipeline.toolcall.conversation import NONE, Request, parse_request
-from pipeline.toolcall.openai_chat import from_openai, is_openai
-from pipeline.toolcall.slots import SLOT, Draw, Record
+from pipeline.toolcall import compact
+from pipeline.toolcall.conversation import NONE, Request, parse_messages, parse_request
+from pipeline.toolcall.grammar import Grammar
+from pipeline.toolcall.prompt import request_text
+from pipeline.toolcall.requests import read_requests
+from pipeline.toolcall.slots import NAME, SLOT, Draw, Record, check_slots
 from pipeline.toolcall.tool import Tool, parse_tools
 
 log = logging.getLogger(__name__)
@@ -70,6 +77,13 @@ def run(tools_file: Path, requests: Path, out: Path, report: Path, cfg: PrepareC
         made, hand, counts = split_own(read_requests(requests, tools), requests, cfg)
     else:
         made, hand, counts = make_splits(requests, tools, cfg)
+    named = [
+        (f"{requests}: {name}: request {request.id}", request)
+        for name, group in (made | hand).items()
+        for request in group
+    ]
+    require_grammars([(str(tools_file), tools), *((where, request.tools) for where, request in named)])
+    require_readable(named)
     with files.whole_folder(out) as folder:
         for name, group in (made | hand).items():
             files.write_jsonl(folder / f"{name}.jsonl", (request.to_json() for request in group))
@@ -77,7 +91,7 @@ def run(tools_file: Path, requests: Path, out: Path, report: Path, cfg: PrepareC
         "requests": {name: len(group) for name, group in (made | hand).items()},
         "train_by_category": dict(Counter(request.category for request in made["train"]).most_common(7)),
         **counts,
-        "overlap": _overlap(made | hand),
+        "overlap": _overlap(made | hand, _conversation if requests.is_file() else _text),
     }
     files.write_json(report, metrics | {"provenance": provenance(cfg)})
     log.info("%s requests in %s", metrics["requests"], out)
@@ -93,11 +107,7 @@ def make_splits(
     """What is made from phrasings, what was written by hand, and how many phrasings went where."""
     hand = {name: read_requests(folder / f"{name}.jsonl", tools) for name in HAND_WRITTEN}
     slots = read_slots(folder / "slots")
-    phrasings = [
-        Phrasing(where, value)
-        for path in sorted((folder / "train").glob("*.jsonl"))
-        for where, value in files.read_jsonl(path)
-    ]
+    phrasings = read_phrasings(folder / "train")
     rng = random.Random(cfg.seed)
     held_out, kept = split(phrasings, cfg.validation_fraction, rng)
     taken = {_text(request) for group in hand.values() for request in group}
@@ -112,45 +122,87 @@ def make_splits(
 def split_own(
     requests: list[Request], path: Path, cfg: PrepareConfig
 ) -> tuple[Splits, Splits, dict[str, dict[str, int]]]:
-    """A user's requests in four parts, by chance; a text that comes again is dropped and counted.
+    """A user's requests in four parts, by chance; a conversation that comes again is dropped and counted.
 
+    An agent logs each turn with all before it: those that begin with the same message of the user stay together.
     Raises ValueError where they are too few to give each part one.
     """
-    different = list({_text(request): request for request in requests}.values())
-    random.Random(cfg.seed).shuffle(different)
+    different = {_conversation(request): request for request in requests}
+    if dropped := len(requests) - len(different):
+        log.warning("%s: %d of %d requests dropped: the same conversation comes again", path, dropped, len(requests))
+    begun: dict[tuple[str, str], list[Request]] = {}
+    for conversation, request in different.items():
+        first = next((turn for turn in conversation if turn[0] == "user"), conversation[0])
+        begun.setdefault(first, []).append(request)
+    conversations = list(begun.values())
+    random.Random(cfg.seed).shuffle(conversations)
     fractions = OWN_FRACTIONS | {"validation": cfg.validation_fraction}
     parts: Splits = {}
     at = 0
     for name, fraction in fractions.items():
-        n = round(len(different) * fraction)
-        parts[name] = different[at : at + n]
+        n = round(len(conversations) * fraction)
+        parts[name] = list(chain(*conversations[at : at + n]))
         at += n
-    parts["train"] = different[at:]
+    parts["train"] = list(chain(*conversations[at:]))
     if empty := [name for name, part in parts.items() if not part]:
-        raise ValueError(f"{path}: {len(different)} different requests leave these parts empty: {empty}")
+        raise ValueError(
+            f"{path}: {len(different)} different requests, which begin in {len(conversations)} ways, "
+            f"leave these parts empty: {empty}"
+        )
     made, hand = ({name: parts[name] for name in names} for names in (("train", "validation"), HAND_WRITTEN))
-    return made, hand, {"own_requests": {"read": len(requests), "dropped": len(requests) - len(different)}}
+    return made, hand, {"own_requests": {"read": len(requests), "dropped": dropped}}
 
 
-def read_requests(path: Path, tools: tuple[Tool, ...]) -> list[Request]:
-    """Raises ValueError naming file and line of a request that breaks the format or has a twin's id."""
-    requests: dict[str, Request] = {}
-    for where, value in files.read_jsonl(path):
-        request = parse_request(from_openai(value, where) if is_openai(value) else value, tools, where)
-        if request.id in requests:
-            raise ValueError(f"{where}: id: {request.id!r} stands in the file twice")
-        requests[request.id] = request
-    if not requests:
-        raise ValueError(f"{path}: holds no request")
-    return list(requests.values())
+def require_grammars(lists: Iterable[tuple[str, Sequence[Tool]]]) -> None:
+    """Raises ValueError naming where a list of tools stands that the grammar cannot hold replies to."""
+    vocabulary = LLTokenizer("byte", slices=[])  # a grammar that holds bytes holds any tokenizer's tokens
+    held: set[str] = set()
+    for where, tools in lists:
+        key = json.dumps([tool.to_json() for tool in tools])
+        if key not in held:
+            held.add(key)
+            try:
+                Grammar(vocabulary, tools)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+
+
+def require_readable(requests: Iterable[tuple[str, Request]]) -> None:
+    """Raises ValueError naming the request whose right call, as the model would write it, is read as another."""
+    for where, request in requests:
+        if request.expected:
+            text = compact.write(request.expected, request.tools, request_text(request.messages))
+            if compact.read(text, request.tools) != request.expected:
+                raise ValueError(f"{where}: expected: the model cannot write this call: {text!r} is read as another")
+
+
+def read_phrasings(folder: Path) -> list[Phrasing]:
+    """Raises ValueError naming file, line and field of a phrasing that breaks the format."""
+    phrasings = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for where, value in files.read_jsonl(path):
+            for field in ("id", "category", "messages", "expected"):
+                if not isinstance(value, dict) or field not in value:
+                    raise ValueError(f"{where}: {field}: missing")
+            parse_messages(value["messages"], f"{where}: messages")
+            check_slots(value, where)
+            phrasings.append(Phrasing(where, value))
+    if not phrasings:
+        raise ValueError(f"{folder}: holds no phrasing")
+    return phrasings
 
 
 def read_slots(folder: Path) -> dict[str, list[Record]]:
+    """Raises ValueError naming a file that is empty or whose name no slot can bear, or what in it is a false slot."""
     slots: dict[str, list[Record]] = {}
     for path in sorted(folder.glob("*.txt")):
         slots[path.stem] = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
     for path in sorted(folder.glob("*.jsonl")):
         slots[path.stem] = [record for _, record in files.read_jsonl(path)]
+    if wrong := [name for name in slots if not NAME.fullmatch(name)]:
+        raise ValueError(f"{folder}: a slot's name is of a-z and _, got files named {wrong}")
+    for name, records in slots.items():
+        check_slots(records, f"{folder}: slot {name}")
     if empty := [name for name, records in slots.items() if not records]:
         raise ValueError(f"{folder}: slots without a line: {empty}")
     return slots
@@ -317,8 +369,6 @@ def vary_tools(request: Request, rng: random.Random) -> tuple[Tool, ...]:
 def _by_kind(phrasings: list[Phrasing]) -> dict[str, list[Phrasing]]:
     kinds: dict[str, list[Phrasing]] = {}
     for phrasing in phrasings:
-        if not isinstance(phrasing.value, dict) or "category" not in phrasing.value:
-            raise ValueError(f"{phrasing.where}: category: missing")
         kind = "foreign" if "tools" in phrasing.value else phrasing.value["category"]
         kinds.setdefault(kind, []).append(phrasing)
     return kinds
@@ -328,10 +378,14 @@ def _text(request: Request) -> str:
     return request.messages[-1]["content"].strip().lower()
 
 
-def _overlap(groups: dict[str, list[Request]]) -> int:
-    """Texts that stand in more than one split."""
-    texts = Counter(text for group in groups.values() for text in {_text(request) for request in group})
-    return sum(1 for count in texts.values() if count > 1)
+def _conversation(request: Request) -> tuple[tuple[str, str], ...]:
+    return tuple((message["role"], message["content"].strip().lower()) for message in request.messages)
+
+
+def _overlap(groups: Splits, key: Callable[[Request], Hashable]) -> int:
+    """Requests, by `key`, that stand in more than one split."""
+    found = Counter(chain(*({key(request) for request in group} for group in groups.values())))
+    return sum(1 for count in found.values() if count > 1)
 
 
 @hydra.main(version_base="1.3", config_path="..", config_name="params")

@@ -16,7 +16,7 @@ PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "
 def provenance(settings: object) -> dict[str, Any]:
     """`settings`: the dataclass a stage was run with; its hash tells runs with other settings apart."""
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "settings_sha256": hashlib.sha256(repr(settings).encode()).hexdigest(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "machine": machine(),
@@ -51,10 +51,13 @@ def _cpu_flags() -> set[str]:
     return set(_cpu_field("flags", "Features").split())
 
 
-def _commit() -> str | None:
-    """The commit of the working folder, with + where it has changes; None outside git."""
+def commit() -> str | None:
+    """The commit of the working folder, with + where it has changes; None outside git, and where there is no git."""
     git = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)  # noqa: S603
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, check=False)  # noqa: S603
+    except FileNotFoundError:
+        return None
     return done.stdout.strip() or None
 
 

@@ -115,6 +115,8 @@ def run(tools: Path, techniques: Techniques, cfg: ServeConfig, api_key: str | No
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=1,
+        # more than the 60 s of nginx and AWS's load balancers: one that is closed here first costs them a request
+        timeout_keep_alive=75,
     )
     log.info("%s at http://%s:%d as %s", cfg.model, cfg.host, cfg.port, cfg.name)
     DrainingServer(settings, server, cfg.drain_timeout_s).run()

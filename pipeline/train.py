@@ -215,7 +215,7 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
         tuned = trainer.model.merge_and_unload() if cfg.method == "lora" else trainer.model
         tuned.set_attn_implementation(attention)
         with files.whole_folder(out) as folder:
-            tuned.save_pretrained(folder, safe_serialization=True)
+            tuned.save_pretrained(folder, safe_serialization=True, max_shard_size=files.ONE_FILE)
             tokenizer.save_pretrained(folder)
         files.write_json(report, metrics | {"provenance": provenance(cfg)})
         shutil.rmtree(checkpoints)

@@ -41,9 +41,8 @@ def paths(tmp_path: Path, tiny_base: Path) -> config.Paths:
     for name in ("test", "train", "validation-hand"):
         rows = [json.loads(line) | {"tools": tools} for line in hand]
         files.write_jsonl(tmp_path / f"prepared/{name}.jsonl", rows)
-    return config.Paths(
-        ROOT / "data/tools.json", tmp_path, tmp_path / "prepared", tmp_path / "models", tmp_path / "reports"
-    )
+    folders = (tmp_path / name for name in ("keywords.json", "requests", "prepared", "models", "reports"))
+    return config.Paths(ROOT / "data/tools.json", *folders)
 
 
 @pytest.fixture

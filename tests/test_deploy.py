@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pipeline.serving.engine import Engine
-from pipeline.serving.metrics import Metrics
+from pipeline.serving.metrics import STATUSES, Metrics
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 
@@ -31,6 +31,22 @@ def test_dashboard_and_alerts_name_metrics_that_exist() -> None:
     used = {re.sub("_(total|bucket|count|sum)$", "", name) for name in re.findall(r"toolcaller_\w+", text)}
     assert used <= names
     assert len(used) >= 7
+
+
+def test_every_fault_of_the_server_is_in_an_alert() -> None:
+    """504 was in none. What is wrong with a request is its client's: 4xx, but for a queue that is full."""
+    in_alerts = re.findall(r'status=~"([\d|]+)"', (DEPLOY / "alerts.yaml").read_text())
+    alerted = {int(status) for each in in_alerts for status in each.split("|")}
+    assert alerted == {429, *(status for status in STATUSES if status >= 500)}
+
+
+def test_every_model_that_an_image_is_built_with_is_sent_to_the_builder() -> None:
+    """models/cuda/int8 was ignored, so the documented image for CUDA could not be built."""
+    texts = [(DEPLOY / "Dockerfile").read_text(), (DEPLOY.parent / "docs/DEPLOYMENT.md").read_text()]
+    models = {model for text in texts for model in re.findall(r"MODEL=(models/[\w/]+)", text)}
+    assert models >= {"models/release", "models/cuda/int8"}
+    admitted = (DEPLOY / "Dockerfile.dockerignore").read_text().split()
+    assert {f"!{model}" for model in models} <= set(admitted)
 
 
 @pytest.mark.parametrize("path", sorted(DEPLOY.rglob("*.yaml")), ids=lambda path: path.name)
@@ -64,6 +80,7 @@ def test_ports_and_paths_agree() -> None:
     assert "serve.port=8080" in dockerfile
     assert container["readinessProbe"]["httpGet"]["path"] == fly["http_service"]["checks"][0]["path"] == "/ready"
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert container["imagePullPolicy"] == "IfNotPresent"
     assert re.search(r"^USER 10001$", dockerfile, re.M)
     for source in re.findall(r"^COPY (?!--from)(.+) \S+$", dockerfile, re.M):
         for name in source.split():

@@ -9,6 +9,8 @@ from pipeline import files
 from pipeline.config import ModelConfig
 from pipeline.fetch import run
 from pipeline.model.base import load_tuned
+from pipeline.toolcall.prompt import END, START
+from pipeline.toolcall.tokenizer import Tokenizer
 
 
 def test_a_folder_is_taken_whole_with_its_hash(tiny_base: Path, tmp_path: Path) -> None:
@@ -43,6 +45,24 @@ def test_a_model_of_another_kind_is_refused(tiny_base: Path, tmp_path: Path) -> 
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match=r"is no causal language model: \['BertModel'\]"):
         run(tmp_path / "base", ModelConfig(f"path:{tmp_path / 'bert'}", None))
+
+
+def test_replies_end_as_turns_do_whatever_the_end_token_was(tiny_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "other")
+    tokenizer.eos_token = START
+    tokenizer.save_pretrained(tmp_path / "other")
+    run(tmp_path / "base", ModelConfig(f"path:{tmp_path / 'other'}", None))
+    assert Tokenizer(tmp_path / "base").eos_token_id == Tokenizer(tiny_base).eos_token_id
+
+
+def test_a_model_without_chatml_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base, tmp_path / "other")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        path = tmp_path / "other" / file
+        path.write_text(path.read_text().replace(END, "<|eot_id|>"))
+    with pytest.raises(ValueError, match=r"other has no token for \['<\|im_end\|>'\]; only models that know ChatML"):
+        run(tmp_path / "base", ModelConfig(f"path:{tmp_path / 'other'}", None))
 
 
 def test_pickled_weights_are_not_opened(tiny_base: Path, tmp_path: Path) -> None:

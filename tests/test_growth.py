@@ -105,7 +105,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_fused:
     expected = {"name": "Read", "arguments": {"path": "a.py"}}
     row = {"id": "1", "category": "Read", "messages": messages, "tools": [TOOL], "expected": expected}
     files.write_jsonl(folder / "test.jsonl", [row, row | {"id": "2"}])
-    return config.Paths(folder / "tools.json", folder, folder, folder / "models", folder / "reports")
+    return config.Paths(folder / "tools.json", folder, folder, folder, folder / "models", folder / "reports")
 
 
 @pytest.fixture(scope="module")

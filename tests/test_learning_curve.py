@@ -1,4 +1,5 @@
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from pipeline.bench import learning_section
 from pipeline.learning_curve import LearningCurveConfig, Params, run
 from pipeline.prepare import PrepareConfig
 from pipeline.provenance import provenance
+from pipeline.runtime.generation import ALL
 from pipeline.train import LoraSettings, TrainConfig
 
 PREPARE = PrepareConfig(0, 800, 0.05, 0.1, 0.1, 0.1, 0.1, 0.1)
@@ -39,7 +41,7 @@ class Stages:
 
 def write_train(reports: Path, requests: int) -> None:
     made = {"train_requests": requests, "steps": 9, "train_s": 60.0, "best_validation_loss": 0.1}
-    files.write_json(reports / "train.json", made | {"provenance": provenance(TRAIN)})
+    files.write_json(reports / "train.json", made | {"provenance": provenance(TRAIN) | {"commit": f"at {requests}"}})
 
 
 def scored(right: int) -> dict[str, Any]:
@@ -48,12 +50,14 @@ def scored(right: int) -> dict[str, Any]:
 
 @pytest.fixture
 def params(tmp_path: Path) -> Params:
-    paths = config.Paths(*(tmp_path / name for name in ("tools.json", "requests", "prepared", "models", "reports")))
+    names = ("tools.json", "keywords.json", "requests", "prepared", "models", "reports")
+    paths = config.Paths(*(tmp_path / name for name in names))
     files.write_json(paths.tools, [])
+    files.write_json(paths.models / "base/source.json", {"base": "path:x", "sha256": "0"})
     files.write_jsonl(paths.requests / "train/a.jsonl", [{}])
     write_train(paths.reports, 800)
     files.write_json(paths.reports / "evaluate/fused-fp32.json", scored(78))
-    return Params(paths, PREPARE, TRAIN, LearningCurveConfig([400, 200], [1, 2]))
+    return Params(paths, PREPARE, TRAIN, ALL, LearningCurveConfig([400, 200], [1, 2]))
 
 
 @pytest.fixture
@@ -69,6 +73,7 @@ def test_each_number_and_each_seed_is_trained_once(params: Params, stages: Stage
         (800, 0), (200, 0), (400, 0), (800, 1), (800, 2)
     ]  # fmt: skip
     assert stages.count("train") == 4  # the default's model is there
+    assert [row["commit"] for row in found["rows"]] == ["at 800", "at 200", "at 400", "at 800", "at 800"]
     assert [row["test"] and row["test"]["exact_call_fraction"] for row in found["rows"]] == [
         0.78,
         None,
@@ -90,11 +95,22 @@ def test_a_failed_trial_keeps_its_folder_and_those_before(params: Params, stages
     assert len(run(params, [])["rows"]) == 5
 
 
-def test_other_data_begins_anew(params: Params, stages: Stages) -> None:
+def test_other_data_techniques_or_base_begin_anew(
+    params: Params, stages: Stages, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trainings of another base, and calls of other techniques, passed for done before."""
     run(params, [])
     files.write_jsonl(params.paths.requests / "train/a.jsonl", [{}, {}])
     run(params, [])
     assert stages.count("train") == 8
+    params.techniques = replace(ALL, alternatives=0)
+    run(params, [])
+    assert stages.count("train") == 12
+    caplog.set_level("INFO")
+    files.write_json(params.paths.models / "base/source.json", {"base": "path:y", "sha256": "1"})
+    run(params, [])
+    assert stages.count("train") == 16
+    assert "another base model: all trials are done anew" in caplog.text
 
 
 def test_models_of_other_settings_are_refused(params: Params, stages: Stages) -> None:

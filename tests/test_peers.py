@@ -63,7 +63,7 @@ def paths(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> c
     monkeypatch.setattr(peers, "SCRIPTS", scripts)
     monkeypatch.setattr(peers, "FOLDERS", {"torch-fp32": "tuned"})
     monkeypatch.setattr(Workshop, "model", lambda _self, _peer, weights: tmp_path / f"{weights}.json")
-    return config.Paths(tmp_path / "tools.json", tmp_path, tmp_path, models, tmp_path / "reports")
+    return config.Paths(tmp_path / "tools.json", tmp_path, tmp_path, tmp_path, models, tmp_path / "reports")
 
 
 def test_report_has_the_keys_others_read_and_says_who_is_left_out_and_why(

@@ -1,3 +1,4 @@
+import json
 import random
 import re
 from collections import Counter
@@ -8,25 +9,11 @@ from typing import Any
 import pytest
 
 from pipeline import files
-from pipeline.prepare import Phrasing, PrepareConfig, add_noise, make, read_requests, run, split, words
-from pipeline.toolcall.slots import Draw
+from pipeline.prepare import Phrasing, PrepareConfig, add_noise, make, read_phrasings, read_slots, run, split, words
 from pipeline.toolcall.tool import parse_tools
 
 ROOT = Path(__file__).parents[1]
 CFG = PrepareConfig(0, 400, 0.15, 0.2, 0.1, 0.2, 0.25, 0.15)
-
-
-def test_draw_is_the_same_within_a_request_and_another_with_a_number() -> None:
-    slots = {"n": [{"v": n} for n in range(1000)]}
-    filled = Draw(slots, random.Random(0), "x:1").fill(["{{n.v}}", "is {{n.v}}", "{{n#2.v}}"])
-    assert filled[1] == f"is {filled[0]}"
-    assert isinstance(filled[0], int)
-    assert filled[2] != filled[0]
-
-
-def test_draw_names_an_unknown_slot() -> None:
-    with pytest.raises(ValueError, match="x:1: no slot 'path'"):
-        Draw({}, random.Random(0), "x:1").fill("show {{path}}")
 
 
 def test_noise_leaves_slots_whole() -> None:
@@ -99,19 +86,6 @@ def test_run_shares_no_text_between_splits(tmp_path: Path) -> None:
     }
 
 
-def test_read_requests_names_the_line_of_a_twin(tmp_path: Path) -> None:
-    line = {"id": "a", "category": "none", "messages": [{"role": "user", "content": "hi"}], "expected": None}
-    files.write_jsonl(tmp_path / "r.jsonl", [line, line])
-    with pytest.raises(ValueError, match=r"r\.jsonl:2: id: 'a' stands in the file twice"):
-        read_requests(tmp_path / "r.jsonl", ())
-
-
-def test_read_requests_names_the_line_that_is_no_json(tmp_path: Path) -> None:
-    (tmp_path / "r.jsonl").write_text("{nope\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"r\.jsonl:1: not JSON"):
-        read_requests(tmp_path / "r.jsonl", ())
-
-
 def test_setting_out_of_range_names_key_and_range() -> None:
     with pytest.raises(ValueError, match=r"prepare\.validation_fraction must lie in \[0.01, 0.5\], got 0.9"):
         PrepareConfig(0, 400, 0.9, 0.2, 0.1, 0.2, 0.25, 0.15)
@@ -126,5 +100,97 @@ def test_a_single_file_of_requests_is_split_without_overlap(tmp_path: Path) -> N
     assert metrics["own_requests"] == {"read": 50, "dropped": 10}
     assert metrics["overlap"] == 0
     files.write_jsonl(tmp_path / "own.jsonl", lines[:3])
-    with pytest.raises(ValueError, match="3 different requests leave these parts empty"):
+    with pytest.raises(ValueError, match="3 different requests, which begin in 3 ways, leave these parts empty"):
         run(ROOT / "data/tools.json", tmp_path / "own.jsonl", tmp_path / "out", tmp_path / "prepare.json", CFG)
+
+
+def conversation(first: str, results: int, **more: Any) -> dict[str, Any]:
+    """An agent's log of one turn: what the user asked for, then `results` calls, each answered with "ok"."""
+    messages = [{"role": "user", "content": first}]
+    for at in range(results):
+        call = {"type": "function", "function": {"name": "Read", "arguments": json.dumps({"file_path": f"{at}.py"})}}
+        messages += [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "ok"}]  # type: ignore[dict-item]
+    return {"messages": [*messages, {"role": "assistant", "content": "Done."}], **more}
+
+
+def test_turns_of_an_agent_are_kept_and_stand_in_one_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """All that ended with a tool's "ok" were taken for one request, and dropped without a word."""
+    lines = [conversation(f"task {n}", results) for n in range(20) for results in range(3)]
+    files.write_jsonl(tmp_path / "own.jsonl", [*lines, lines[0]])
+    metrics = run(ROOT / "data/tools.json", tmp_path / "own.jsonl", tmp_path / "out", tmp_path / "prepare.json", CFG)
+    # 20 conversations: 4 to test, 2 to validation-hand, 3 to validation, 11 to train, of three requests each
+    assert metrics["requests"] == {"train": 33, "validation": 9, "test": 12, "validation-hand": 6}
+    assert metrics["own_requests"] == {"read": 61, "dropped": 1}
+    assert metrics["overlap"] == 0
+    begun = [
+        {value["messages"][0]["content"] for _, value in files.read_jsonl(path)}
+        for path in (tmp_path / "out").iterdir()
+    ]
+    assert sum(map(len, begun)) == len(set().union(*begun)) == 20
+    assert "own.jsonl: 1 of 61 requests dropped: the same conversation comes again" in caplog.text
+
+
+@pytest.mark.parametrize("field", ["id", "category", "messages", "expected"])
+def test_phrasing_without_a_field_is_named(tmp_path: Path, field: str) -> None:
+    """Without id, messages or expected it was a KeyError that named nothing."""
+    whole = {"id": "a", "category": "none", "messages": [{"role": "user", "content": "hi"}], "expected": None}
+    files.write_jsonl(tmp_path / "a.jsonl", [whole, {key: whole[key] for key in whole if key != field}])
+    with pytest.raises(ValueError, match=rf"a\.jsonl:2: {field}: missing"):
+        read_phrasings(tmp_path)
+    files.write_jsonl(tmp_path / "a.jsonl", [whole | {"messages": []}])
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: messages: expected a list"):
+        read_phrasings(tmp_path)
+    files.write_jsonl(tmp_path / "a.jsonl", [whole | {"reply": "On {{day2}}."}])
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: \{\{day2\}\} is no slot"):
+        read_phrasings(tmp_path)
+
+
+def test_slot_file_that_no_slot_can_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "day2.txt").write_text("monday\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a slot's name is of a-z and _, got files named \['day2'\]"):
+        read_slots(tmp_path)
+    (tmp_path / "day2.txt").rename(tmp_path / "day.txt")
+    (tmp_path / "day.txt").write_text("{{Next}} monday\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"slot day: \{\{Next\}\} is no slot"):
+        read_slots(tmp_path)
+
+
+def own_tools(folder: Path, **parameters: Any) -> Path:
+    properties = {name: {"type": "string"} for name in ("title", "what")}
+    tool = {"name": "add", "parameters": {"type": "object", "properties": properties} | parameters}
+    files.write_json(folder / "tools.json", [tool])
+    return folder / "tools.json"
+
+
+def own_requests(folder: Path, *titles: str) -> Path:
+    lines = [
+        {
+            "id": title,
+            "category": "add",
+            "messages": [{"role": "user", "content": f"add {title}"}],
+            "expected": {"name": "add", "arguments": {"title": title}},
+        }
+        for title in titles
+    ]
+    files.write_jsonl(folder / "own.jsonl", lines)
+    return folder / "own.jsonl"
+
+
+def test_a_tool_that_the_grammar_cannot_hold_is_refused(tmp_path: Path) -> None:
+    """It was found after the training, when the first request was to be answered."""
+    tools = own_tools(tmp_path, allOf=[{"properties": {"day": {"type": "string"}}}])
+    with pytest.raises(ValueError, match=r"tools\.json: tool add: "):
+        run(tools, own_requests(tmp_path, *"abcdefghij"), tmp_path / "out", tmp_path / "prepare.json", CFG)
+    theirs = [{"function": {**tool, "name": "theirs"}} for tool in files.read_json(tools)]
+    lines = [conversation(f"task {n}", 0, tools=theirs) for n in range(10)]
+    files.write_jsonl(tmp_path / "own.jsonl", lines)
+    with pytest.raises(ValueError, match=r"own\.jsonl: \w+: request line-\d+: tool theirs: "):
+        run(own_tools(tmp_path), tmp_path / "own.jsonl", tmp_path / "out", tmp_path / "prepare.json", CFG)
+
+
+def test_a_call_that_the_model_cannot_write_is_refused(tmp_path: Path) -> None:
+    """A title that goes on in a line like the next argument's: training or what follows it stopped there."""
+    requests = own_requests(tmp_path, *"abcdefghi", "x\nwhat: y")
+    with pytest.raises(ValueError, match=r"own\.jsonl: [\w-]+: request x\nwhat: y: expected: the model cannot write"):
+        run(own_tools(tmp_path), requests, tmp_path / "out", tmp_path / "prepare.json", CFG)
+    assert not (tmp_path / "out").exists()

@@ -24,7 +24,7 @@ def paths(tmp_path: Path, tiny_fused: Path) -> config.Paths:
     machine = {"machine": {"cpu": "X", "cores": 2}}
     bench = {"call_s": {"p50": 0.1, "p95": 0.2}, "device": "cpu", "provenance": machine}
     files.write_json(reports / "benchmark/int8.json", bench)
-    return config.Paths(tmp_path / "tools.json", tmp_path, tmp_path, models, reports)
+    return config.Paths(tmp_path / "tools.json", tmp_path, tmp_path, tmp_path, models, reports)
 
 
 def test_a_release_loads_with_its_own_tools_and_refuses_a_changed_byte(paths: config.Paths) -> None:

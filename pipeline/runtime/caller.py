@@ -163,17 +163,20 @@ class ToolCaller:
         return self._grammars.get(_key(tools), lambda: Grammar(self.tokenizer.vocabulary, tools))
 
     def decode(self, tokens: Sequence[Token], tools: tuple[Tool, ...]) -> tuple[str, float]:
-        """Text, a call in it as JSON, and confidence of a whole reply."""
+        """Text, a whole call in it as JSON, and confidence of a reply."""
         text = self.written(tokens)
-        call = compact.read(text, tools)
+        call = compact.read(text, tools) if self._whole(tokens) else None
         return write_call(call) if call else text, math.exp(sum(token.log_probability for token in tokens))
 
     def call(self, tokens: Sequence[Token], tools: tuple[Tool, ...], choice: Choice) -> ToolCall | None:
         """What a whole reply calls: a tool on offer, with arguments that fit its schema. All else is text."""
         call = compact.read(self.written(tokens), tools) if choice != Choice.NONE else None
         tool = find_tool(tools, call.name) if call else None
-        whole = bool(tokens) and tokens[-1].id == self.tokenizer.eos_token_id
-        return call if whole and call and tool and not tool.fault(call.arguments) else None
+        return call if self._whole(tokens) and call and tool and not tool.fault(call.arguments) else None
+
+    def _whole(self, tokens: Sequence[Token]) -> bool:
+        """Not cut."""
+        return bool(tokens) and tokens[-1].id == self.tokenizer.eos_token_id
 
     def written(self, tokens: Sequence[Token]) -> str:
         """What the model wrote, as it wrote it."""

@@ -205,9 +205,8 @@ class Decoding:
         self.opening = [Token(found, 0.0) for found in required]  # whatever the model thinks
         self._said = list(self.opening)  # in this candidate
         self._told = len(self._said)  # of them, to who asked
-        self.step: Step | None = Step(
-            [*prompt.asked, *required], self._reply.opening_draft(), len(prompt.prefix)
-        )  # None: the reply has ended
+        first = [*prompt.asked, *required]
+        self.step: Step | None = Step(first, self._room(self._reply.opening_draft()), len(prompt.prefix))  # None: ended
         if self._reply.grammar_finished:  # the only tool, and it takes no arguments
             self.opening.append(self._end())
 
@@ -256,7 +255,11 @@ class Decoding:
         elif len(self._said) < self._prompt.max_new_tokens:
             at = len(self._prompt.prefix) + len(self._prompt.asked) + fed
             feed = [token.id for token in self._said[fed:]]
-            self.step = Step(feed, self._reply.draft(min(self._copied, 3)), at)
+            self.step = Step(feed, self._room(self._reply.draft(min(self._copied, 3))), at)
+
+    def _room(self, draft: list[int]) -> list[int]:
+        """What of it the reply has room for: beside others a request takes no more places than that."""
+        return draft[: max(0, self._prompt.max_new_tokens - len(self._said))]
 
     def _likeliest(self) -> list[Token]:
         """A call has ended: on to the next candidate, or the best is said."""

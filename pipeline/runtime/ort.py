@@ -162,11 +162,13 @@ class FusedRuntime:
         return last_output(binding)[0]
 
 
-def lengths(folder: Path) -> tuple[int, int]:
-    """Of the KV buffer and of the context. Drafts may reach beyond the end of a reply, and so of the context."""
+def lengths(folder: Path, contexts: int = 1) -> tuple[int, int]:
+    """Of a KV buffer for as many `contexts`, where the model knows so many positions, and of one context.
+
+    Drafts may reach beyond the end of a reply, and so of the context.
+    """
     limit = int(files.read_json(folder / "config.json")["max_position_embeddings"])
-    buffer_tokens = min(limit, BUFFER_TOKENS)
-    return buffer_tokens, buffer_tokens - LONGEST_DRAFT
+    return min(limit, contexts * BUFFER_TOKENS), min(limit, BUFFER_TOKENS) - LONGEST_DRAFT
 
 
 def last_output(binding: onnxruntime.IOBinding) -> NDArray[np.float32]:

@@ -14,17 +14,18 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from pipeline.runtime.generation import Row, Step
+from pipeline.runtime.generation import LONGEST_DRAFT, Row, Step
 from pipeline.runtime.ort import last_output, lean_options, lengths, past_inputs
 from pipeline.runtime.prefixes import Prefixes
 
 HIDDEN = np.finfo(np.float32).min
+CONTEXTS = 4  # that the requests may fill together: memory that no token has reached is not resident
 
 
 class PackedRuntime:
     def __init__(self, folder: Path, threads: int, prefixes: int) -> None:
         self._session = _open(folder, threads)
-        buffer_tokens, self.context_tokens = lengths(folder)
+        buffer_tokens, self.context_tokens = lengths(folder, CONTEXTS)
         self._binding = self._session.io_binding()
         self._buffers = []
         for name, (heads, size) in past_inputs(self._session).items():
@@ -41,7 +42,7 @@ class PackedRuntime:
         return tuple(prefix) in self._prefixes
 
     def has_room(self, prefix: int, own: Sequence[int]) -> bool:
-        return prefix + sum(own) <= self.context_tokens
+        return prefix + sum(own) <= self._mask.size - LONGEST_DRAFT
 
     def begin(self, prefix: Sequence[int]) -> None:
         """Without rows, and with `prefix` for those to come."""

@@ -8,11 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 
 from pipeline.runtime.generation import Choice
-from pipeline.serving.engine import Asked, Piece
-from pipeline.serving.reply_reader import ArgumentsDelta, CallBegun, Event, TextDelta
-from pipeline.serving.tools import offered, visible
-from pipeline.toolcall.conversation import Message
-from pipeline.toolcall.reply import write_call
+from pipeline.serving.engine import Asked, Piece, Said, in_turn
+from pipeline.toolcall.offered import offered, visible
 from pipeline.toolcall.tool import Tool, ToolCall
 
 
@@ -50,7 +47,7 @@ class WireMessage(BaseModel):
 
 class WireTool(BaseModel):
     name: str = Field(min_length=1, max_length=128)
-    description: str = ""
+    description: str | None = None
     input_schema: dict[str, Any] | None = None  # None: a tool that the provider's servers would run
 
 
@@ -81,7 +78,9 @@ class CountBody(MessagesBody):
 def asked(body: MessagesBody, own: tuple[Tool, ...], max_new_tokens: int) -> Asked:
     """Raises ValueError where the conversation does not end with the user, or a wanted tool is not on offer."""
     tools = [
-        Tool(tool.name, tool.description, tool.input_schema) for tool in body.tools if tool.input_schema is not None
+        Tool(tool.name, tool.description or "", tool.input_schema)
+        for tool in body.tools
+        if tool.input_schema is not None
     ]
     wanted = body.tool_choice.name if body.tool_choice and body.tool_choice.type == "tool" else None
     kind = body.tool_choice.type if body.tool_choice else "auto"
@@ -89,7 +88,7 @@ def asked(body: MessagesBody, own: tuple[Tool, ...], max_new_tokens: int) -> Ask
     if body.tool_choice and body.tool_choice.type == "tool" and wanted is None:
         raise ValueError("tool_choice: type tool needs a name")
     return Asked(
-        _messages(body.messages),
+        in_turn(_said(body.messages)),
         offered(tools, own, wanted),
         choice if tools else Choice.NONE,
         min(body.max_tokens, max_new_tokens),
@@ -97,27 +96,23 @@ def asked(body: MessagesBody, own: tuple[Tool, ...], max_new_tokens: int) -> Ask
     )
 
 
-def _messages(wire: list[WireMessage]) -> tuple[Message, ...]:
-    found: list[Message] = []
+def _said(wire: list[WireMessage]) -> Iterator[Said]:
     for message in wire:
         if message.role == "system":
             continue
         blocks = [Text(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+        for block in blocks:
+            if isinstance(block, ToolResult):
+                yield Said("tool", _result(block), answers=block.tool_use_id)
         texts = [visible(block.text) for block in blocks if isinstance(block, Text)]
-        calls = [write_call(ToolCall(block.name, block.input)) for block in blocks if isinstance(block, ToolUse)]
-        results = [_result(block) for block in blocks if isinstance(block, ToolResult)]
-        found += [{"role": "tool", "content": result} for result in results]
-        if content := "\n".join(part for part in [*texts, *calls] if part):
-            found.append({"role": message.role, "content": content})
-    if not found or found[-1]["role"] == "assistant":
-        raise ValueError("messages: must end with a text or a tool's result from the user")
-    return tuple(found)
+        calls = [(block.id, ToolCall(block.name, block.input)) for block in blocks if isinstance(block, ToolUse)]
+        yield Said(message.role, "\n".join(filter(None, texts)), tuple(calls))
 
 
 def _result(block: ToolResult) -> str:
     if isinstance(block.content, list):
-        return "\n".join(part.text for part in block.content if isinstance(part, Text))
-    return block.content or ""
+        return visible("\n".join(part.text for part in block.content if isinstance(part, Text)))
+    return visible(block.content or "")
 
 
 def message_id() -> str:
@@ -166,20 +161,19 @@ class Stream:
         self._begun = False
         self._block = ""
 
-    def events(self, piece: Piece, read: list[Event]) -> Iterator[str]:
+    def events(self, piece: Piece, text: str) -> Iterator[str]:
+        """`text`: what is new of it in `piece`."""
         if not self._begun:
             self._begun = True
             start = message(piece, self._model) | {"content": [], "stop_reason": None}
             yield _event("message_start", message=start)
-        for found in read:
-            match found:
-                case TextDelta(text):
-                    yield from self._open({"type": "text", "text": ""})
-                    yield self._delta({"type": "text_delta", "text": text})
-                case CallBegun(name):
-                    yield from self._open({"type": "tool_use", "id": _call_id(), "name": name, "input": {}})
-                case ArgumentsDelta(text):
-                    yield self._delta({"type": "input_json_delta", "partial_json": text})
+        if text:
+            yield from self._open({"type": "text", "text": ""})
+            yield self._delta({"type": "text_delta", "text": text})
+        if call := piece.call:
+            yield from self._open({"type": "tool_use", "id": _call_id(), "name": call.name, "input": {}})
+            arguments = json.dumps(call.arguments, ensure_ascii=False)
+            yield self._delta({"type": "input_json_delta", "partial_json": arguments})
         if piece.last:
             if self._block:
                 yield _event("content_block_stop", index=0)

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from pipeline.serving import anthropic_wire, openai_wire
 from pipeline.serving.engine import Asked, BusyError, DrainingError, Engine, Piece
 from pipeline.serving.metrics import Metrics
-from pipeline.serving.reply_reader import Event, ReplyReader
+from pipeline.serving.reply_reader import ReplyReader
 from pipeline.toolcall.tool import Tool
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Limits:
 
 
 class Stream(Protocol):
-    def events(self, piece: Piece, read: list[Event]) -> Iterator[str]: ...
+    def events(self, piece: Piece, text: str) -> Iterator[str]: ...
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ class Server:
                 Route("/v1/messages/count_tokens", self.count_tokens, methods=["POST"]),
                 Route("/v1/chat/completions", chat, methods=["POST"]),
                 Route("/v1/models", self.models),
+                Route("/v1/models/{name:path}", self.model),
                 Route("/health", self.health),
                 Route("/ready", self.ready),
                 Route("/metrics", self.show_metrics),
@@ -147,28 +148,26 @@ class Server:
         return JSONResponse(api.whole(piece, body.model), headers=headers)
 
     async def count_tokens(self, request: Request) -> Response:
+        """Of what /v1/messages would leave of the conversation."""
+        start = time.perf_counter()
         try:
             body = await self._body(request, anthropic_wire.CountBody)
-            asked = _reading(lambda: anthropic_wire.asked(body, self._own(), 1))
+            asked = _reading(lambda: anthropic_wire.asked(body, self._own(), self.limits.max_new_tokens))
             caller = self.engine.wait_until_loaded()
-            prompted = _reading(lambda: self.engine.fit(caller, asked))
+            prompted = await asyncio.to_thread(_reading, lambda: self.engine.fit(caller, asked))
         except (RefusedError, BusyError, ClientDisconnect) as error:
-            return self._failed(error, ANTHROPIC, time.perf_counter())
+            return self._failed(error, ANTHROPIC, start)
         return JSONResponse({"input_tokens": len(prompted.prefix) + len(prompted.asked)})
 
     async def models(self, request: Request) -> Response:
         del request
-        model = {
-            "id": self.model_name,
-            "object": "model",
-            "type": "model",
-            "display_name": self.model_name,
-            "created": 0,
-            "created_at": "1970-01-01T00:00:00Z",
-            "owned_by": "you",
-        }
         ends = {"first_id": self.model_name, "last_id": self.model_name, "has_more": False}
-        return JSONResponse({"object": "list", "data": [model], **ends})
+        return JSONResponse({"object": "list", "data": [self._model()], **ends})
+
+    async def model(self, request: Request) -> Response:
+        if request.path_params["name"] != self.model_name:
+            raise HTTPException(404, f"the model here is {self.model_name!r}")
+        return JSONResponse(self._model())
 
     async def health(self, request: Request) -> Response:
         del request
@@ -196,6 +195,17 @@ class Server:
         if self.log_contents:
             line |= {"asked": asked.messages[-1]["content"], "reply": piece.text}
         log.info(json.dumps(line, ensure_ascii=False))
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self.model_name,
+            "object": "model",
+            "type": "model",
+            "display_name": self.model_name,
+            "created": 0,
+            "created_at": "1970-01-01T00:00:00Z",
+            "owned_by": "you",
+        }
 
     def _own(self) -> tuple[Tool, ...]:
         return self.engine.caller.tools if self.engine.caller else ()
@@ -230,19 +240,19 @@ class Server:
     def _authorize(self, request: Request) -> None:
         if self.api_key is None:
             return
-        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-        given = request.headers.get("x-api-key") or bearer
-        if not hmac.compare_digest(given.encode(), self.api_key.encode()):
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        given = [request.headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else ""]
+        right = [hmac.compare_digest(key.encode(), self.api_key.encode()) for key in given]
+        if not any(right):
             raise RefusedError(401, "a valid key is needed, as x-api-key or Authorization: Bearer")
 
     def _failed(self, error: Exception, api: Api, start: float) -> Response:
-        status, message = self.failure(error, api)
-        log.info(json.dumps({"status": status, "s": round(time.perf_counter() - start, 4), "error": message}))
+        status, message = self.failure(error, api, start)
         headers = {"retry-after": "1"} if status in (429, 503, 529) else None
         return JSONResponse(api.error(status, message), status, headers)
 
-    def failure(self, error: Exception, api: Api) -> tuple[int, str]:
-        """The status and text a client gets, counted."""
+    def failure(self, error: Exception, api: Api, start: float) -> tuple[int, str]:
+        """The status and text a client gets, counted and logged."""
         message = str(error)
         match error:
             case RefusedError():
@@ -261,6 +271,7 @@ class Server:
                 status, message = 500, "the model failed"
                 log.error("the model failed", exc_info=error)
         self.metrics.errors.labels(str(status)).inc()
+        log.info(json.dumps({"status": status, "s": round(time.perf_counter() - start, 4), "error": message}))
         return status, message
 
     async def _fault(self, request: Request, error: Exception) -> Response:
@@ -287,6 +298,7 @@ class _Reply(Response):
         self._stream, self._reader = api.stream(body), ReplyReader()
         self._pieces: AsyncGenerator[Piece, None] = server.engine.answer(asked)
         self._first: list[Piece] = []
+        self._told = False  # in the log, what came of it
 
     async def begin(self) -> None:
         """Wait for the first piece. What fails until then gets a status of its own."""
@@ -299,6 +311,10 @@ class _Reply(Response):
         gone = asyncio.ensure_future(_gone(receive))
         try:
             await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done() and not self._told:
+                self._failed(ClientDisconnect())
+            elif sending.done():
+                sending.result()
         finally:
             for task in (sending, gone):
                 task.cancel()
@@ -316,8 +332,7 @@ class _Reply(Response):
                 async for piece in self._pieces:
                     await self._say(piece, send)
         except (ValueError, TimeoutError, RuntimeError, MemoryError) as error:
-            status, message = self._server.failure(error, self._api)
-            await _chunk(send, self._api.failure_event(status, message))
+            await _chunk(send, self._api.failure_event(*self._failed(error)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _say(self, piece: Piece, send: Send) -> None:
@@ -325,7 +340,12 @@ class _Reply(Response):
         if events := "".join(self._stream.events(piece, read)):
             await _chunk(send, events)
         if piece.last:
+            self._told = True
             self._server.finished(piece, self._asked, self._start)
+
+    def _failed(self, error: Exception) -> tuple[int, str]:
+        self._told = True
+        return self._server.failure(error, self._api, self._start)
 
 
 async def _chunk(send: Send, text: str) -> None:

@@ -8,9 +8,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate, chain, takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +20,15 @@ from numpy.typing import NDArray
 from pipeline.runtime.caller import ToolCaller, TooLongError
 from pipeline.runtime.generation import Choice, Decoding, Prompt, Row, Runtime, TogetherRuntime, Token
 from pipeline.toolcall.conversation import Message
-from pipeline.toolcall.reply import OPENING
-from pipeline.toolcall.tool import Tool, ToolCall, find_tool
+from pipeline.toolcall.prompt import request_tokens
+from pipeline.toolcall.reply import OPENING, write_call
+from pipeline.toolcall.tool import Tool, ToolCall
 
 CUT = "\n[cut]"
 NICE = 5
+# A token has fewer, but for the longest runs of blanks and dashes. To encode a megabyte holds Python's lock for a
+# second, so what has too many characters to fit is not encoded.
+CHARACTERS = 64
 
 
 class BusyError(Exception):
@@ -31,6 +37,16 @@ class BusyError(Exception):
 
 class DrainingError(Exception):
     """The server is about to stop and takes no new requests."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """A message of a client's conversation."""
+
+    role: str
+    text: str
+    calls: tuple[tuple[str, ToolCall], ...] = ()  # with their ids
+    answers: str | None = None  # of a tool's result: the id of its call
 
 
 @dataclass(frozen=True)
@@ -55,13 +71,16 @@ class Piece:
     finished: bool = False  # it came to its own end
     last: bool = False
     changed: int = 0  # tokens that the model would not have chosen
-    tool: str | None = None  # which is called, once its name is whole
     call: ToolCall | None = None  # of the last piece
+
+    @property
+    def may_be_call(self) -> bool:
+        return self.text.startswith(OPENING) or OPENING.startswith(self.text)
 
     @property
     def is_cut_call(self) -> bool:
         """What is left of it is of no use."""
-        return self.last and not self.finished and self.text.startswith(OPENING)
+        return self.last and not self.finished and self.may_be_call
 
 
 @dataclass(eq=False)
@@ -121,13 +140,8 @@ class _Running:
         finished = bool(tokens) and tokens[-1].id == self.prompted.end
         sizes = len(self.prompted.asked), len(self.prompted.prefix), self.prefix_kept, len(tokens)
         changed = sum(token.changed for token in tokens)
-        choice = self.job.asked.choice
-        if last:
-            call = caller.call(tokens, self.tools, choice)
-            return Piece(text, *sizes, confidence, finished, last, changed, call.name if call else None, call)
-        name, line, _ = text.removeprefix(OPENING).partition("\n")
-        called = text.startswith(OPENING) and line and choice != Choice.NONE and find_tool(self.tools, name)
-        return Piece(text, *sizes, changed=changed, tool=name if called else None)
+        call = caller.call(tokens, self.tools, self.job.asked.choice) if last else None
+        return Piece(text, *sizes, confidence, finished, last, changed, call)
 
 
 class Engine:
@@ -209,8 +223,11 @@ class Engine:
         self._thread.join(timeout_s)
 
     def fit(self, caller: ToolCaller, asked: Asked) -> Prompt:
-        """Raises TooLongError as the function `fit` does."""
-        return fit(caller, asked, asked.tools or caller.tools, self._tool_result_tokens)
+        """Raises TooLongError as the function `fit` does, ValueError for a call that is nested too deep."""
+        try:
+            return fit(caller, asked, asked.tools or caller.tools, self._tool_result_tokens)
+        except RecursionError as error:
+            raise ValueError(f"messages: nested too deep: {error}") from error
 
     def require_place(self) -> None:
         """Raises BusyError where the queue is full: to know that before a request is read is soon for its client."""
@@ -239,9 +256,10 @@ class Engine:
             return self._waiting.popleft() if self._waiting else None
 
     def _work(self) -> None:
-        # The model's threads, which begin with this one's priority, leave the processor to who reads and refuses.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:
+            # The model's threads, which begin with this one's priority, leave the processor to who reads and refuses.
+            nice = max(NICE, os.getpriority(os.PRIO_PROCESS, 0))  # whoever started it may have asked for a lower one
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
             self.caller = self._load()
         except Exception as error:  # noqa: BLE001 - handed to the thread that waits for the model
             self._failure = error
@@ -301,6 +319,32 @@ class Engine:
         return True
 
 
+def in_turn(conversation: Iterable[Said]) -> tuple[Message, ...]:
+    """A message for each call, followed by the result that bears its id: the model makes one call at a time.
+
+    A message's text stands before its first call. Results of unknown calls keep their order, behind all calls.
+    Raises ValueError where the conversation does not end with the user or a result.
+    """
+    turns: list[list[Message]] = []
+    calls: dict[str | None, list[Message]] = {}  # that have no result yet
+    for said in conversation:
+        if said.answers in calls:
+            calls.pop(said.answers).append({"role": said.role, "content": said.text})
+            continue
+        text = said.text
+        for call_id, call in said.calls:
+            content = "\n".join(part for part in (text, write_call(call)) if part)
+            calls[call_id] = [{"role": said.role, "content": content}]
+            turns.append(calls[call_id])
+            text = ""
+        if text or said.role == "tool":
+            turns.append([{"role": said.role, "content": text}])
+    messages = tuple(chain.from_iterable(turns))
+    if not messages or messages[-1]["role"] == "assistant":
+        raise ValueError("messages: must end with a text from the user or the results of all calls")
+    return messages
+
+
 def _advance(runtime: Runtime, running: list[_Running]) -> None:
     """A step of each. Where the model fails, whose fault it is shows when each is asked alone."""
     try:
@@ -329,35 +373,55 @@ def _logits(runtime: Runtime, running: list[_Running]) -> list[NDArray[np.float3
 def fit(caller: ToolCaller, asked: Asked, tools: tuple[Tool, ...], tool_result_tokens: int) -> Prompt:
     """The prompt of as much of the conversation as fits: long tool results are cut, then the oldest messages left out.
 
-    Raises TooLongError naming both lengths where what must be kept is too long: see `shorter`.
+    Raises TooLongError naming both lengths where what must be kept is too long: see `longer`.
     """
-    messages = [_cut(caller, message, tool_result_tokens) for message in asked.messages]
-    ways = shorter(messages)
-    first, end = 0, len(ways) - 1  # the first way that fits is among these: each is shorter than the one before
-    while first < end:
-        middle = (first + end) // 2
-        try:
-            caller.prompt(ways[middle], tools, asked.max_new_tokens, asked.choice)
-            end = middle
-        except TooLongError:
-            first = middle + 1
-    return caller.prompt(ways[end], tools, asked.max_new_tokens, asked.choice)
+    context = caller.runtime.context_tokens
+    prefix, opening = caller.encode([], tools, asked.max_new_tokens)
+    room = context - asked.max_new_tokens - len(prefix) - len(opening)
+    message = cache(lambda at: _cut(caller, asked.messages[at], tool_result_tokens))
+
+    @cache
+    def tokens(at: int) -> int:
+        part = {**message(at), "content": message(at)["content"][: CHARACTERS * context]}
+        return len(request_tokens(caller.tokenizer, [part], tools)) - len(opening)
+
+    def fits(kept: Sequence[int]) -> bool:
+        return all(total <= room for total in accumulate(map(tokens, kept)))
+
+    def prompt(kept: Sequence[int]) -> Prompt:
+        return caller.prompt([message(at) for at in kept], tools, asked.max_new_tokens, asked.choice)
+
+    ways = longer(asked.messages)
+    found = [next(ways)]
+    characters = sum(len(message(at)["content"]) for at in found[0])
+    if characters > CHARACTERS * context:
+        raise TooLongError(
+            f"a request of {characters} characters and a reply of {asked.max_new_tokens} tokens do not fit "
+            f"the context of {context} tokens"
+        )
+    found += takewhile(fits, ways)
+    while len(found) > 1:
+        with suppress(TooLongError):  # what a call copies from what comes before it has other tokens than by itself
+            return prompt(found.pop())
+    return prompt(found[0])
 
 
-def shorter(messages: list[Message]) -> list[list[Message]]:
-    """`messages`, and what is left as ever more of the oldest are left out: first turns of the user; then, of the last
-    turn, calls with their results. The user's last words stay, and so do the last call and its result.
+def longer(messages: Sequence[Message]) -> Iterator[Sequence[int]]:
+    """Which of `messages` to keep, ever more of them: the user's last words with the last call and its result, then
+    more calls of this turn, then earlier turns of the user.
     """
     turns = [at for at, message in enumerate(messages) if at and message["role"] == "user"]
-    last = messages[turns[-1] :] if turns else messages
-    calls = [at for at, message in enumerate(last) if message["role"] == "assistant"]
-    return [messages, *(messages[at:] for at in turns), *([last[0], *last[at:]] for at in calls[1:])]
+    last, end = turns[-1] if turns else 0, len(messages)
+    calls = [at for at in range(last, end) if messages[at]["role"] == "assistant"]
+    yield from ([last, *range(at, end)] for at in reversed(calls[1:]))
+    yield from (range(at, end) for at in [*reversed(turns), 0])
 
 
 def _cut(caller: ToolCaller, message: Message, tool_result_tokens: int) -> Message:
     if message["role"] != "tool":
         return message
-    tokens = caller.tokenizer.encode(message["content"], add_special_tokens=False, split_special_tokens=True)
-    if len(tokens) <= tool_result_tokens:
+    begin = message["content"][: CHARACTERS * tool_result_tokens]
+    tokens = caller.tokenizer.encode(begin, add_special_tokens=False, split_special_tokens=True)
+    if begin == message["content"] and len(tokens) <= tool_result_tokens:
         return message
     return {**message, "content": caller.tokenizer.decode(tokens[:tool_result_tokens]) + CUT}

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from pipeline.serving.engine import Engine, Piece
 
+STATUSES = (400, 401, 404, 405, 408, 413, 429, 499, 500, 503, 504, 529)  # of errors
 SECONDS = (0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
@@ -41,6 +42,8 @@ class Metrics:
         )
         engine.on_step = batch.observe
         self.errors = Counter("toolcaller_errors", "Requests refused or failed", ["status"], registry=self.registry)
+        for status in STATUSES:  # a rate sees the first error only where there was a 0 before it
+            self.errors.labels(str(status))
         waiting = Gauge("toolcaller_queue_length", "Requests that wait", registry=self.registry)
         waiting.set_function(lambda: engine.queue_length)
         used = Gauge("toolcaller_gpu_utilisation_ratio", "Of the GPU; 0 without one", registry=self.registry)

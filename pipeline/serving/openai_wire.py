@@ -9,11 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 
 from pipeline.runtime.generation import Choice
-from pipeline.serving.engine import Asked, Piece
-from pipeline.serving.reply_reader import ArgumentsDelta, CallBegun, Event, TextDelta
-from pipeline.serving.tools import offered, visible
-from pipeline.toolcall.conversation import Message
-from pipeline.toolcall.reply import write_call
+from pipeline.serving.engine import Asked, Piece, Said, in_turn
+from pipeline.toolcall.offered import offered, visible
 from pipeline.toolcall.tool import Tool, ToolCall
 
 
@@ -52,6 +49,7 @@ class WireMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
     tool_calls: Annotated[list[WireCall], BeforeValidator(_no_null)] = []
+    tool_call_id: str | None = None
 
 
 class ChosenName(BaseModel):
@@ -91,7 +89,7 @@ def asked(body: ChatBody, own: tuple[Tool, ...], max_new_tokens: int) -> Asked:
     choice = Choice.REQUIRED if wanted else Choice(str(body.tool_choice or "auto"))
     limit = body.max_completion_tokens or body.max_tokens or max_new_tokens
     return Asked(
-        _messages(body.messages),
+        in_turn(_said(body.messages)),
         offered(tools, own, wanted),
         choice if tools else Choice.NONE,
         min(limit, max_new_tokens),
@@ -99,24 +97,18 @@ def asked(body: ChatBody, own: tuple[Tool, ...], max_new_tokens: int) -> Asked:
     )
 
 
-def _messages(wire: list[WireMessage]) -> tuple[Message, ...]:
-    found: list[Message] = []
+def _said(wire: list[WireMessage]) -> Iterator[Said]:
     for message in wire:
         if message.role in ("system", "developer"):
             continue
         parts = [message.content] if isinstance(message.content, str) else [p.text for p in message.content or []]
-        calls = [write_call(_called(call)) for call in message.tool_calls]
-        content = "\n".join(part for part in [*map(visible, parts), *calls] if part)
-        if content or message.role == "tool":
-            found.append({"role": message.role, "content": content})
-    if not found or found[-1]["role"] == "assistant":
-        raise ValueError("messages: must end with a text from the user or a tool's result")
-    return tuple(found)
+        calls = tuple((call.id, _called(call)) for call in message.tool_calls)
+        yield Said(message.role, "\n".join(filter(None, map(visible, parts))), calls, message.tool_call_id)
 
 
 def _called(call: WireCall) -> ToolCall:
     try:
-        arguments = json.loads(call.function.arguments)
+        arguments = json.loads(call.function.arguments or "{}")
         json.dumps(arguments, ensure_ascii=False).encode()  # half a character, "\\ud800", is JSON but no text
     except ValueError as error:
         raise ValueError(f"messages: arguments of {call.function.name} are no JSON text: {error}") from error
@@ -130,8 +122,7 @@ def completion(piece: Piece, model: str) -> dict[str, Any]:
     content = None if call or piece.is_cut_call else piece.text
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
     if call:
-        function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
-        message["tool_calls"] = [{"id": _call_id(), "type": "function", "function": function}]
+        message["tool_calls"] = [_tool_call(call)]
     return {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
         "object": "chat.completion",
@@ -166,20 +157,15 @@ class Stream:
         self._id = f"chatcmpl-{secrets.token_hex(12)}"
         self._begun = False
 
-    def events(self, piece: Piece, read: list[Event]) -> Iterator[str]:
+    def events(self, piece: Piece, text: str) -> Iterator[str]:
+        """`text`: what is new of it in `piece`."""
         if not self._begun:
             self._begun = True
             yield self._chunk({"role": "assistant", "content": None})
-        for found in read:
-            match found:
-                case TextDelta(text):
-                    yield self._chunk({"content": text})
-                case CallBegun(name):
-                    function = {"name": name, "arguments": ""}
-                    call = {"index": 0, "id": _call_id(), "type": "function", "function": function}
-                    yield self._chunk({"tool_calls": [call]})
-                case ArgumentsDelta(text):
-                    yield self._chunk({"tool_calls": [{"index": 0, "function": {"arguments": text}}]})
+        if text:
+            yield self._chunk({"content": text})
+        if piece.call:
+            yield self._chunk({"tool_calls": [{"index": 0, **_tool_call(piece.call)}]})
         if piece.last:
             yield self._chunk({}, finish_reason(piece))
             if self._include_usage:
@@ -198,8 +184,9 @@ def failure_event(status: int, message: str) -> str:
     return f"data: {json.dumps(error(status, message), ensure_ascii=False)}\n\n"
 
 
-def _call_id() -> str:
-    return f"call_{secrets.token_hex(12)}"
+def _tool_call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 def error(status: int, message: str) -> dict[str, Any]:

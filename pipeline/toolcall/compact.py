@@ -75,7 +75,20 @@ def _key(names: Sequence[str], properties: dict[str, Any]) -> re.Pattern[str]:
 def _write(value: Any, schema: Any, tool: Tool | None) -> str:
     if isinstance(value, str) and (tool is None or is_text(schema)):
         return value
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(_as_in(schema, value), ensure_ascii=False)
+
+
+def _as_in(schema: Any, value: Any) -> Any:
+    """`value` as the grammar has it: keys of objects in the order of their schema, whole numbers without a point."""
+    schema = schema if isinstance(schema, dict) else {}
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        keys = [*(key for key in known if key in value), *(key for key in value if key not in known)]
+        return {key: _as_in(known.get(key), value[key]) for key in keys}
+    if isinstance(value, list):
+        return [_as_in(schema.get("items"), item) for item in value]
+    whole = schema.get("type") == "integer" and isinstance(value, float) and value.is_integer()
+    return int(value) if whole else value
 
 
 def _read(value: str, schema: Any, separator: str, before: dict[str, Any]) -> Any:

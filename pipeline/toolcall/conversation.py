@@ -54,7 +54,7 @@ def parse_request(value: Any, tools: tuple[Tool, ...], where: str) -> Request:
     request = Request(
         value["id"],
         value["category"],
-        _parse_messages(value.get("messages"), f"{where}: messages"),
+        parse_messages(value.get("messages"), f"{where}: messages"),
         tools,
         _parse_expected(value, tools, where),
         _parse_accept(value.get("accept", []), f"{where}: accept"),
@@ -68,7 +68,7 @@ def parse_request(value: Any, tools: tuple[Tool, ...], where: str) -> Request:
     return request
 
 
-def _parse_messages(value: Any, where: str) -> tuple[Message, ...]:
+def parse_messages(value: Any, where: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where}: expected a list of messages, got {str(value)[:80]!r}")
     for message in value:

@@ -27,13 +27,12 @@ class Grammar:
     def __init__(self, vocabulary: LLTokenizer, tools: Sequence[Tool]) -> None:
         self._vocabulary = vocabulary
         for tool in tools:
-            if unknown := tool.parameters.keys() - KEYWORDS:
-                raise ValueError(
-                    f"tool {tool.name}: its parameters use {sorted(unknown)}, which the grammar cannot hold"
-                )
+            if hidden := _elsewhere(tool.parameters):
+                raise ValueError(f"tool {tool.name}: its arguments must stand under properties, not under {hidden}")
             failed, why = LLMatcher.validate_grammar_with_warnings(_lark([tool]), self._vocabulary)
             if failed:
-                raise ValueError(f"tool {tool.name}: its parameters make no grammar: {'; '.join(why)}")
+                reason = _GRAMMAR_LINES.sub("", "; ".join(why))
+                raise ValueError(f"tool {tool.name}: its parameters make no grammar: {reason}")
         self._tools, self._copies = tools, any(map(_copies_text, tools))
         self._fresh = LLMatcher(self._vocabulary, _lark(tools))
         self._last = "", self._fresh
@@ -82,12 +81,28 @@ class Guide:
         return int(allowed.argmax()), True
 
 
-# Of a tool's parameters. An argument that is not among the properties is never right, whatever they say.
-KEYWORDS = {"type", "properties", "required", "additionalProperties", "description", "title", "$schema", "$defs"}
 ANY = "/(?s:.*)/"
 TEXTS = (ANY, "SPAN", "PATH")
 _ANY_CALL = f'start: {json.dumps(OPENING)} ("A" | "b")'  # of any two names the beginnings differ
-SPACES = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+# What llguidance cannot hold of a schema (uniqueItems, not, some formats, ...) it leaves out, as a tool's other
+# keywords beside its properties are: a call that breaks one is found by Tool.fault, and is none.
+JSON_OPTIONS = {
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "whitespace_flexible": False,
+    "lenient": True,
+    "coerce_one_of": True,
+}
+_GRAMMAR_LINES = re.compile(r"\n *\d+ \|.*")  # of ours, around the fault, in llguidance's messages
+ALTERNATIVES = ("allOf", "anyOf", "oneOf")
+DEFINITIONS = ("$defs", "definitions")
+
+
+def _elsewhere(parameters: dict[str, Any]) -> list[str]:
+    """Keywords of a tool's parameters that name arguments of which the grammar would not know."""
+    parts = {key: [part for part in parameters.get(key, []) if isinstance(part, dict)] for key in ALTERNATIVES}
+    found = [key for key, schemas in parts.items() if {"properties", "$ref"} & set().union(*schemas)]
+    return [*found, *(["$ref"] if "$ref" in parameters else [])]
 
 
 def _lark(tools: Sequence[Tool], text: str = "") -> str:
@@ -141,12 +156,17 @@ def _text(rule: str, text: str, keys: list[tuple[str, str]], ends: bool) -> list
     rules, ways = [], [text] if ends else []
     for way, (key, following) in enumerate(keys):
         if text == ANY:
-            rules.append(f"{rule}_{way}[lazy]: /(?s:.*)\\n{re.escape(key)}/")
+            rules.append(f"{rule}_{way}[lazy]: /(?s:.*)\\n{_escaped(key)}/")
             ways.append(f"{rule}_{way} {following}")
         else:  # llguidance: what is lazy is a rule, what is put together a terminal
             rules.append(f"{rule.upper()}_{way}: {text} {_line(key)}")
             ways.append(f"{rule.upper()}_{way} {following}")
     return [*rules, f"{rule}: {' | '.join(ways)}"]
+
+
+def _escaped(key: str) -> str:
+    """Within a regular expression of Lark's, which ends with a slash."""
+    return re.escape(key).replace("/", r"\/")
 
 
 def _line(key: str) -> str:
@@ -156,12 +176,12 @@ def _line(key: str) -> str:
 def _value(schema: Any, separator: str, tool: Tool) -> str:
     """How a value after `separator` is held."""
     if not is_text(schema):
-        named = {"$defs": tool.parameters["$defs"]} if "$defs" in tool.parameters else {}
+        named = {key: tool.parameters[key] for key in DEFINITIONS if key in tool.parameters}
         wanted = {key: value for key, value in schema.items() if key != "x-copy"} if isinstance(schema, dict) else {}
-        rule = f"%json {json.dumps({**wanted, **named, 'x-guidance': SPACES})}"
+        rule = f"%json {json.dumps({**wanted, **named, 'x-guidance': JSON_OPTIONS})}"
         return f"({rule} | /{form}/)" if (form := copies.form_of(schema)) else rule
     if "enum" in schema or "const" in schema:
-        allowed = schema.get("enum", [schema.get("const")])
+        allowed = [value for value in schema.get("enum", [schema.get("const")]) if isinstance(value, str)]
         return "(" + " | ".join(json.dumps(value, ensure_ascii=False) for value in allowed) + ")"
     if separator == copies.OWN:
         return ANY

@@ -4,8 +4,9 @@ import json
 from typing import Any
 
 from pipeline.toolcall.conversation import NONE
+from pipeline.toolcall.offered import offered, visible
 from pipeline.toolcall.reply import write_call
-from pipeline.toolcall.tool import ToolCall
+from pipeline.toolcall.tool import Tool, ToolCall, parse_tools
 
 
 def is_openai(value: Any) -> bool:
@@ -16,44 +17,74 @@ def is_openai(value: Any) -> bool:
     return False
 
 
-def from_openai(value: dict[str, Any], where: str) -> dict[str, Any]:
+def from_openai(value: dict[str, Any], own: tuple[Tool, ...], where: str) -> dict[str, Any]:
     """A line of a requests file. The last message is the answer; system messages are left out: the prompt is ours.
 
-    Raises ValueError naming `where` for an answer of several calls, or of neither call nor text.
+    What the line brings - its tools, beside `own`, and texts - is put as the server puts it (offered.py).
+    Raises ValueError naming `where` for a turn of several calls, an answer of neither call nor text, what is no text
+    (an image), and tools that are none.
     """
-    *asked, answer = value["messages"]
-    calls = answer.get("tool_calls") or []
-    if len(calls) > 1:
-        raise ValueError(f"{where}: messages: the answer makes {len(calls)} calls; the model makes one at a time")
-    if not calls and not answer.get("content"):
+    messages = value["messages"]
+    if wrong := [message for message in messages if not isinstance(message, dict)]:
+        raise ValueError(f"{where}: messages: expected objects, got {str(wrong[0])[:80]!r}")
+    *asked, answer = messages
+    turns = [_turn(message, where) for message in asked if message.get("role") not in ("system", "developer")]
+    calls, texts = _calls(answer, where), _texts(answer, where)
+    if not calls and not any(texts):
         raise ValueError(f"{where}: messages: the answer has neither a call nor a text")
-    turns = [message for message in asked if message.get("role") not in ("system", "developer")]
     request: dict[str, Any] = {
         "id": value.get("id") or f"line-{where.rpartition(':')[2]}",
         "category": NONE,
-        "messages": [_message(message, where) for message in turns],
+        "messages": [turn for turn in turns if turn["content"] or turn["role"] == "tool"],
         "expected": None,
     }
     if calls:
-        call = _call(calls[0], where)
+        call = calls[0]
         request |= {"category": call.name, "expected": {"name": call.name, "arguments": call.arguments}}
     else:
-        request["reply"] = _text(answer["content"])
+        request["reply"] = "\n".join(texts)
     if "tools" in value:
-        request["tools"] = [tool.get("function", tool) for tool in value["tools"]]
+        found = value["tools"]
+        theirs = parse_tools([*map(_tool, found)] if isinstance(found, list) else found, f"{where}: tools")
+        request["tools"] = [tool.to_json() for tool in offered(theirs, own, None)]
     return request
 
 
-def _message(message: dict[str, Any], where: str) -> dict[str, str]:
-    calls = "".join(write_call(_call(call, where)) for call in message.get("tool_calls") or [])
-    return {"role": str(message.get("role")), "content": _text(message.get("content")) + calls}
+def _turn(message: dict[str, Any], where: str) -> dict[str, str]:
+    calls = map(write_call, _calls(message, where))
+    parts = [*map(visible, _texts(message, where)), *calls]
+    return {"role": str(message.get("role")), "content": "\n".join(part for part in parts if part)}
 
 
-def _text(content: Any) -> str:
-    """A text, or the texts of a list of parts."""
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content)
-    return content or ""
+def _texts(message: dict[str, Any], where: str) -> list[str]:
+    match message.get("content"):
+        case None:
+            return []
+        case str(text):
+            return [text]
+        case list(parts) if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+            return [part["text"] for part in parts]
+        case other:
+            raise ValueError(f"{where}: messages: content: expected a text or parts of text, got {str(other)[:80]!r}")
+
+
+def _calls(message: dict[str, Any], where: str) -> list[ToolCall]:
+    match message.get("tool_calls") or []:
+        case [_, _, *_] as several:
+            raise ValueError(f"{where}: messages: a turn makes {len(several)} calls; the model makes one at a time")
+        case list(calls):
+            return [_call(call, where) for call in calls]
+        case other:
+            raise ValueError(f"{where}: messages: tool_calls: expected a list, got {str(other)[:80]!r}")
+
+
+def _tool(value: Any) -> Any:
+    """As in a tools file; what is none is left for parse_tools to refuse."""
+    match value:
+        case {"function": dict(tool)} | dict(tool):
+            parameters = tool.get("parameters") or {"type": "object", "properties": {}}
+            return {**tool, "description": tool.get("description") or "", "parameters": parameters}
+    return value
 
 
 def _call(call: Any, where: str) -> ToolCall:

@@ -29,7 +29,7 @@ def parse_call(reply: str) -> ToolCall | None:
     try:
         # A value may hold the closing marker: the JSON text says where it ends, not the marker.
         body, _ = json.JSONDecoder().raw_decode(reply, found.start(1))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     match body:
         case {"name": str(name), "arguments": dict(arguments)}:

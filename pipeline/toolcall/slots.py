@@ -1,13 +1,27 @@
 """Phrasings with `{{slots}}` filled from lists: data/requests/README.md has the rules."""
 
+import json
 import random
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SLOT = re.compile(r"\{\{([a-z_]+(?:#\d+)?)(?:\.(\w+))?\}\}")
+NAME = re.compile("[a-z_]+")
+SLOT = re.compile(rf"\{{\{{({NAME.pattern}(?:#\d+)?)(?:\.(\w+))?\}}\}}")
+
+_MEANT = re.compile(r'\{\{\w[^\s{}"]*\}\}')  # `{{ url }}` and `{{.Names}}` are texts
 
 Record = str | dict[str, Any]
+
+
+def check_slots(value: Any, where: str) -> None:
+    """Raises ValueError naming what looks like a slot in the strings of `value`, and would be left there as text."""
+    for found in _MEANT.findall(json.dumps(value, ensure_ascii=False)):
+        if not SLOT.fullmatch(found):
+            raise ValueError(
+                f"{where}: {found} is no slot: expected {{{{name}}}}, {{{{name#2}}}} or {{{{name.field}}}}, "
+                "where name is of a-z and _"
+            )
 
 
 class Draw:

@@ -53,6 +53,8 @@ def _parse_tool(value: Any, where: str) -> Tool:
             description = value.get("description", "")
         case _:
             raise ValueError(f"{where}: needs a name and parameters, got {str(value)[:120]!r}")
+    if not isinstance(description, str):
+        raise ValueError(f"{where} ({name}): description: expected a text, got {str(description)[:80]!r}")
     try:
         _validator(json.dumps(parameters))
     except jsonschema.SchemaError as error:

@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.runtime.generation import ALL, PLAIN, Choice, NullRuntime, Prompt, Techniques, Token, ablations, generate
+from pipeline.runtime.generation import (
+    ALL,
+    PLAIN,
+    Choice,
+    Decoding,
+    NullRuntime,
+    Prompt,
+    Techniques,
+    Token,
+    ablations,
+    generate,
+)
 from pipeline.toolcall import compact
 from pipeline.toolcall.draft import Drafter
 from pipeline.toolcall.grammar import Grammar
@@ -223,6 +234,20 @@ def test_forbidden_call_is_not_begun(tokenizer: Tokenizer) -> None:
     prompt = Prompt([1], [2, 3], tokenizer.eos_token_id, "", Choice.NONE)
     found = next(generate(runtime, prompt, grammar, ALL))
     assert found.id != grammar.opening[0]
+
+
+def test_draft_has_no_more_tokens_than_the_reply_may_have(tokenizer: Tokenizer) -> None:
+    grammar = Grammar(tokenizer.vocabulary, TOOLS)
+    asked = tokenizer.encode("some words " * 9)
+    for limit in (1, 2, len(grammar.opening) + 2):
+        prompt = Prompt([1], asked, tokenizer.eos_token_id, "some words " * 9, max_new_tokens=limit)
+        decoding = Decoding(prompt, grammar, ALL)
+        while step := decoding.step:
+            assert len(step.feed) + len(step.draft) + step.at <= 1 + len(asked) + limit
+            logits = np.zeros((step.keep, len(tokenizer)), np.float32)
+            for row, token in zip(logits, [*step.draft, asked[0]], strict=True):
+                row[token] = 30.0
+            decoding.read(step, logits)
 
 
 def test_grammar_names_the_tool_it_cannot_express(tokenizer: Tokenizer) -> None:

@@ -125,6 +125,25 @@ def test_request_for_which_memory_is_short_fails_alone(engines: Engines, alone: 
     assert found == [*alone[:-1], "MemoryError('no memory left')"]
 
 
+def test_requests_together_fill_more_than_one_context(tiny_fused: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients reserve far more tokens than their replies have."""
+    monkeypatch.setattr("pipeline.runtime.ort.BUFFER_TOKENS", 512)
+    runtime = load_runtime(tiny_fused, "cpu", 1, together=4)
+    alone = load_runtime(tiny_fused, "cpu", 1)
+    assert isinstance(runtime, PackedRuntime)
+    prefix, own = [1, 2, 3], [[7 + row] * 400 for row in range(4)]
+    assert runtime.has_room(len(prefix), [401] * 4)
+    runtime.begin(prefix)
+    rows = [runtime.join() for _ in own]
+    for row, tokens in zip(rows, own, strict=True):
+        runtime.step_together([(row, Step(tokens, [], len(prefix)))])
+    found = runtime.step_together([(row, Step([5], [], len(prefix) + 400)) for row in rows])
+    for tokens, logits in zip(own, found, strict=True):
+        alone.begin(prefix)
+        alone.step(tokens, len(prefix), 1)
+        assert np.allclose(logits, alone.step([5], len(prefix) + 400, 1), atol=1e-3)
+
+
 def test_only_a_fused_model_answers_requests_together(tiny_base: Path) -> None:
     with pytest.raises(ValueError, match="only a fused model answers requests together, not one for PyTorch"):
         load_runtime(tiny_base, "cpu", 1, together=2)

@@ -115,11 +115,11 @@ async def propose(server: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_mcp_host_starts_the_server_itself(tiny_fused: Path) -> None:
-    """Over stdio, with a model: nothing but the protocol may be on its standard output."""
+def test_mcp_host_starts_the_server_itself(tiny_fused: Path, tmp_path: Path) -> None:
+    """Over stdio, with a model, in a folder of the host's: nothing but the protocol may be on its standard output."""
     command, *args = mcp_command(tiny_fused)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    found = asyncio.run(propose(StdioServerParameters(command=command, args=args, env=environment, cwd=str(ROOT))))
+    found = asyncio.run(propose(StdioServerParameters(command=command, args=args, env=environment, cwd=str(tmp_path))))
     assert not found.is_error
     assert found.structured_content["milliseconds"] > 0
 

@@ -24,7 +24,9 @@ def test_anthropic_client(serve: Serve) -> None:
         assert message.stop_reason == "tool_use"
         assert message.usage.output_tokens > 0
     assert kinds.count("content_block_start") == 1
-    assert client.models.list().data[0].id == "tool-caller"
+    assert client.models.list().data[0].id == client.models.retrieve("tool-caller").id == "tool-caller"
+    with pytest.raises(anthropic.NotFoundError, match="the model here is 'tool-caller'"):
+        client.models.retrieve("another")
     assert client.messages.count_tokens(model="m", messages=ASK["messages"]).input_tokens > 0
 
 
@@ -60,6 +62,7 @@ def test_openai_client(serve: Serve) -> None:
     call = whole.choices[0].message.tool_calls[0]
     assert (call.function.name, json.loads(call.function.arguments)) == ("Read", {"file_path": "src/a.py"})
     assert whole.choices[0].finish_reason == "tool_calls"
+    assert client.models.retrieve("tool-caller") == client.models.list().data[0]
     chunks = list(client.chat.completions.create(**OPENAI_ASK, stream=True, stream_options={"include_usage": True}))
     deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
     parts = [part for delta in deltas for part in delta.tool_calls or []]

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import random
 import re
 import socket
@@ -15,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from pipeline.serving.tools import visible
+from pipeline.toolcall.offered import visible
 from tests.serving.conftest import Serve
 
 READ: dict[str, Any] = {
@@ -106,12 +107,25 @@ def test_too_large_and_too_slow_requests_are_refused(serve: Serve) -> None:
         assert b"408" in slow.recv(1000)
 
 
-def test_key_is_required_where_one_is_set(serve: Serve) -> None:
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"x-api-key": "wrong"}, 401),
+        ({"x-api-key": "right"}, 200),
+        ({"authorization": "right"}, 401),
+        ({"authorization": "Basic right"}, 401),
+        ({"authorization": "Bearer right"}, 200),
+        ({"authorization": "bearer right"}, 200),
+        ({"x-api-key": "none", "authorization": "Bearer right"}, 200),
+        ({"x-api-key": "right", "authorization": "Bearer none"}, 200),
+    ],
+)
+def test_key_is_required_where_one_is_set(serve: Serve, headers: dict[str, str], status: int) -> None:
+    """An agent may send both: one that is a placeholder hid the other."""
     served = serve(api_key="right")
-    assert served.post("/v1/messages", ASK).status_code == 401
-    assert served.post("/v1/messages", ASK, headers={"x-api-key": "wrong"}).status_code == 401
-    assert served.post("/v1/messages", ASK, headers={"x-api-key": "right"}).status_code == 200
-    assert served.post("/v1/chat/completions", OPENAI_ASK, headers={"authorization": "Bearer right"}).status_code == 200
+    for path, body in (("/v1/messages", ASK), ("/v1/chat/completions", OPENAI_ASK)):
+        assert served.post(path, body, headers=headers).status_code == status
 
 
 def test_full_queue_refuses_at_once_and_answers_the_accepted(serve: Serve) -> None:
@@ -152,6 +166,62 @@ def test_client_that_goes_frees_its_place(serve: Serve) -> None:
         steps = served.runtime.steps
         time.sleep(0.15)
         assert served.runtime.steps <= steps + 1
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "pipeline.serving.app"]
+    return [{key: line[key] for key in ("status", "error") if key in line} for line in lines]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_goes_is_logged_and_counted(serve: Serve, caplog: pytest.LogCaptureFixture, stream: bool) -> None:
+    """One that left within a stream was not."""
+    caplog.set_level(logging.INFO)
+    served = serve(step_s=0.05, say=lambda _: "word " * 60)
+    with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2]))) as client:
+        body = json.dumps(ASK | {"stream": stream}).encode()
+        client.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        wait_until(lambda: served.runtime.steps > 1)
+        received = b""
+        while stream and b"message_start" not in received:
+            received += client.recv(10_000)
+    wait_until(lambda: served.server.open_requests == 0)
+    assert logged(caplog) == [{"status": 499, "error": "the client has gone"}]
+    assert 'toolcaller_errors_total{status="499"} 1.0' in httpx.get(served.url + "/metrics").text
+
+
+def test_stream_that_takes_too_long_is_logged_and_counted(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """Its client was told, the log was not."""
+    caplog.set_level(logging.INFO)
+    served = serve(step_s=0.1, request_timeout_s=0.4, say=lambda _: "word " * 60)
+    found = served.post("/v1/messages", ASK | {"stream": True})
+    assert found.status_code == 200
+    assert "timeout_error" in found.text
+    wait_until(lambda: served.server.open_requests == 0)
+    assert logged(caplog) == [{"status": 504, "error": "no reply within 0.4 s"}]
+    assert 'toolcaller_errors_total{status="504"} 1.0' in httpx.get(served.url + "/metrics").text
+
+
+def test_fault_within_a_stream_is_counted(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was neither raised nor logged: the stream just ended."""
+    served = serve()
+
+    def fail(*_: object) -> None:
+        raise KeyError("a mistake of ours")
+
+    monkeypatch.setattr(served.server, "finished", fail)
+    with pytest.raises(httpx.RemoteProtocolError):
+        served.post("/v1/messages", ASK | {"stream": True})
+    assert 'toolcaller_errors_total{status="500"} 1.0' in httpx.get(served.url + "/metrics").text
+    assert served.server.open_requests == 0
+
+
+def test_whole_stream_is_logged_once(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    served = serve()
+    served.post("/v1/messages", ASK | {"stream": True})
+    wait_until(lambda: served.server.open_requests == 0)
+    assert logged(caplog) == [{"status": 200}]
 
 
 def test_waiting_request_that_is_cancelled_leaves_the_queue(serve: Serve) -> None:
@@ -258,6 +328,82 @@ def test_agent_loop_longer_than_the_context_goes_on(serve: Serve) -> None:
     assert "2016" in refused.text
 
 
+def use(call_id: str, path: str) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call_id, "name": "Read", "input": {"file_path": path}}
+
+
+def result(call_id: str, text: str) -> dict[str, Any]:
+    return {"type": "tool_result", "tool_use_id": call_id, "content": text}
+
+
+def openai_call(call_id: str, arguments: str) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": "Read", "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("path", "ask", "turns"),
+    [
+        (
+            "/v1/messages",
+            ASK,
+            [
+                {"role": "assistant", "content": [use("a", "one.py"), use("b", "two.py")]},
+                {
+                    "role": "user",
+                    "content": [
+                        result("b", "TWO<system-reminder>be good</system-reminder>"),
+                        result("a", "<system-reminder>be good</system-reminder>ONE"),
+                    ],
+                },
+            ],
+        ),
+        (
+            "/v1/chat/completions",
+            OPENAI_ASK,
+            [
+                {
+                    "role": "assistant",
+                    "tool_calls": [
+                        openai_call("a", '{"file_path": "one.py"}'),
+                        openai_call("b", '{"file_path": "two.py"}'),
+                    ],
+                },
+                {"role": "tool", "tool_call_id": "b", "content": "TWO<system-reminder>be good</system-reminder>"},
+                {"role": "tool", "tool_call_id": "a", "content": "<system-reminder>be good</system-reminder>ONE"},
+            ],
+        ),
+    ],
+    ids=["anthropic", "openai"],
+)
+def test_calls_made_together_are_read_one_by_one(
+    serve: Serve, path: str, ask: dict[str, Any], turns: list[dict[str, Any]]
+) -> None:
+    """All but the first were lost, and results were read in the order in which they came."""
+    seen: list[str] = []
+
+    def say(asked: str) -> str:
+        seen.append(asked)
+        return "ok"
+
+    served = serve(say=say)
+    served.post(path, ask | {"messages": [{"role": "user", "content": "read both"}, *turns]}).raise_for_status()
+    assert re.findall(r"one\.py|two\.py|ONE|TWO", seen[0]) == ["one.py", "ONE", "two.py", "TWO"]
+    assert re.findall(r"<\|im_start\|>(\w+)", seen[0])[-6:] == ["user", *["assistant", "tool"] * 2, "assistant"]
+    assert "be good" not in seen[0]
+
+
+def test_empty_arguments_and_descriptions(serve: Serve) -> None:
+    """Some clients write no arguments as an empty text, and no description as null."""
+    served = serve()
+    turns = [
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "tool_calls": [openai_call("a", "")]},
+        {"role": "tool", "tool_call_id": "a", "content": "gone"},
+    ]
+    assert served.post("/v1/chat/completions", OPENAI_ASK | {"messages": turns}).status_code == 200
+    assert served.post("/v1/messages", ASK | {"tools": [READ | {"description": None}]}).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     "said", ["<tool_call>Launch\ntarget: all", "<tool_call>", "<tool_call>Read\nfile_path = src/a.py"]
@@ -330,6 +476,7 @@ def test_metrics_count_what_happened(serve: Serve) -> None:
     assert "toolcaller_queue_length 0.0" in page
     assert 'toolcaller_step_requests_bucket{le="1.0"}' in page
     assert "toolcaller_changed_tokens_total 0.0" in page
+    assert 'toolcaller_errors_total{status="500"} 0.0' in page  # a rate begins with a 0
 
 
 def test_tokens_are_counted_without_a_call(serve: Serve) -> None:
@@ -337,6 +484,38 @@ def test_tokens_are_counted_without_a_call(serve: Serve) -> None:
     counted = served.post("/v1/messages/count_tokens", {k: v for k, v in ASK.items() if k != "max_tokens"}).json()
     usage = served.post("/v1/messages", ASK).json()["usage"]
     assert counted["input_tokens"] == usage["input_tokens"] + usage["cache_creation_input_tokens"]
+
+
+def test_what_is_left_of_a_long_conversation_is_counted(serve: Serve) -> None:
+    """It was counted with room for a reply of one token, so more was left of it than /v1/messages leaves."""
+    served = serve()
+    served.runtime.context_tokens = 1000
+    turns = [{"role": "user", "content": f"number {number} is a few words long"} for number in range(100)]
+    body = {key: ASK[key] for key in ("model", "tools")} | {"messages": turns}
+    counted = served.post("/v1/messages/count_tokens", body).json()
+    usage = served.post("/v1/messages", body).json()["usage"]
+    assert counted["input_tokens"] == usage["input_tokens"] + usage["cache_creation_input_tokens"]
+
+
+def test_others_are_served_while_tokens_are_counted(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = serve()
+    counting, go_on = threading.Event(), threading.Event()
+    fit = served.engine.fit
+
+    def wait(*given: Any) -> Any:
+        counting.set()
+        assert go_on.wait(5)
+        return fit(*given)
+
+    monkeypatch.setattr(served.engine, "fit", wait)
+    statuses: list[int] = []
+    asking = threading.Thread(target=lambda: statuses.append(served.post("/v1/messages/count_tokens", ASK).status_code))
+    asking.start()
+    assert counting.wait(5)
+    assert httpx.get(served.url + "/health", timeout=2).status_code == 200
+    go_on.set()
+    asking.join()
+    assert statuses == [200]
 
 
 def test_description_names_both_formats(serve: Serve) -> None:

@@ -60,3 +60,11 @@ def test_value_of_another_kind_is_read_and_does_not_fit() -> None:
     found = read("<tool_call>Put\npath: a\ncount: many", [TOOL])
     assert found == ToolCall("Put", {"path": "a", "count": "many"})
     assert TOOL.fault(found.arguments)
+
+
+def test_an_integer_that_is_none_stays_as_it_is() -> None:
+    """In a client's history anything may stand."""
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
+    tools = (Tool("T", "", schema),)
+    for value, written in ((float("inf"), "Infinity"), (2.5, "2.5"), (2.0, "2")):
+        assert write(ToolCall("T", {"n": value}), tools) == f"<tool_call>T\nn: {written}"

@@ -67,3 +67,52 @@ def test_without_copied_arguments_any_text_is_allowed(tiny_base: Path) -> None:
     arguments = {"file_path": "lib/x", "old_string": "nowhere", "new_string": ""}
     call = ToolCall("Edit", arguments)
     assert allows(Tokenizer(tiny_base), call, parse_tools([free], "tools.json"))
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"type": "string", "format": "path"}, "a/b"),  # pydantic's Path
+        ({"type": "object", "propertyNames": {"type": "string"}}, {"a": 1}),  # zod's record
+        ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, [1, 2]),
+        ({"oneOf": [{"type": "string"}, {"type": "string", "minLength": 3}]}, "ab"),
+        ({"type": "string", "enum": ["x", None]}, "x"),
+        ({"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "string"}}}, {"a": "x", "b": 2.0}),
+        ({"type": "array", "items": {"type": "integer"}}, [5.0]),
+        ({"type": "integer"}, 5.0),
+    ],
+)
+def test_schemas_of_common_libraries_make_a_grammar(tiny_base: Path, schema: dict[str, Any], value: Any) -> None:
+    """And a call that fits them is allowed as it is written."""
+    parameters = {
+        "type": "object",
+        "properties": {"note": {"type": "string"}, "a/b": schema},
+        "required": ["a/b"],
+        "$id": "urn:x",
+        "examples": [{}],
+        "minProperties": 1,
+        "anyOf": [{"required": ["a/b"]}, True],
+    }
+    tools = parse_tools([{"name": "Do", "parameters": parameters}], "tools.json")
+    for arguments in ({"a/b": value}, {"note": "some words", "a/b": value}):
+        call = ToolCall("Do", arguments)
+        assert allows(Tokenizer(tiny_base), call, tools)
+        assert compact.read(compact.write(call, tools), tools) == call
+
+
+@pytest.mark.parametrize(
+    ("more", "where"),
+    [({"anyOf": [{"properties": {"b": {}}}]}, "anyOf"), ({"$ref": "#/$defs/A", "$defs": {"A": {}}}, r"\$ref")],
+)
+def test_arguments_outside_of_the_properties_are_refused(tiny_base: Path, more: dict[str, Any], where: str) -> None:
+    tools = parse_tools([{"name": "Do", "parameters": {"type": "object"} | more}], "tools.json")
+    with pytest.raises(ValueError, match=f"tool Do: its arguments must stand under properties, not under .*{where}"):
+        Grammar(Tokenizer(tiny_base).vocabulary, tools)
+
+
+def test_fault_of_a_schema_is_told_without_our_grammar(tiny_base: Path) -> None:
+    odd = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)y"}}}
+    with pytest.raises(ValueError, match="look-ahead") as caught:
+        Grammar(Tokenizer(tiny_base).vocabulary, parse_tools([{"name": "Do", "parameters": odd}], "tools.json"))
+    assert "start:" not in str(caught.value)
+    assert "SPAN" not in str(caught.value)

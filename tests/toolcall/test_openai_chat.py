@@ -1,14 +1,15 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline import files
-from pipeline.prepare import read_requests
 from pipeline.toolcall.openai_chat import from_openai, is_openai
-from pipeline.toolcall.tool import ToolCall, parse_tools
+from pipeline.toolcall.requests import read_requests
+from pipeline.toolcall.tool import Tool, ToolCall, parse_tools
 
-BOOK = {
+BOOK: dict[str, Any] = {
     "name": "book",
     "description": "Book a meeting.",
     "parameters": {"type": "object", "properties": {"day": {"type": "string"}}, "required": ["day"]},
@@ -56,7 +57,7 @@ def test_turns_before_keep_their_calls_and_results() -> None:
             calling('{"day": "monday"}'),
         ]
     }
-    request = from_openai(value, "own.jsonl:7")
+    request = from_openai(value, TOOLS, "own.jsonl:7")
     assert [message["role"] for message in request["messages"]] == ["user", "assistant", "tool"]
     assert json.dumps({"name": "book", "arguments": {"day": "friday"}}) in request["messages"][1]["content"]
     assert request["expected"]["arguments"] == {"day": "monday"}
@@ -65,14 +66,72 @@ def test_turns_before_keep_their_calls_and_results() -> None:
 @pytest.mark.parametrize(
     ("answer", "fault"),
     [
-        (calling('{"day": "friday"}', '{"day": "monday"}'), "own.jsonl:3: messages: the answer makes 2 calls"),
+        (calling('{"day": "friday"}', '{"day": "monday"}'), "own.jsonl:3: messages: a turn makes 2 calls"),
         (calling("{day}"), "own.jsonl:3: messages: arguments of book are no JSON"),
         (calling("[1]"), "own.jsonl:3: messages: expected a call with a function's name"),
         ({"role": "assistant", "content": ""}, "own.jsonl:3: messages: the answer has neither"),
+        (
+            {"role": "assistant", "content": [{"type": "text", "text": ""}]},
+            "own.jsonl:3: messages: the answer has neither",
+        ),
+        ({"role": "assistant", "content": None, "tool_calls": {"a": 1}}, "own.jsonl:3: messages: tool_calls: expected"),
     ],
 )
 def test_what_is_no_answer_is_named(answer: dict[str, object], fault: str) -> None:
     value = line(answer)
     assert is_openai(value)
     with pytest.raises(ValueError, match=fault):
-        from_openai(value, "own.jsonl:3")
+        from_openai(value, TOOLS, "own.jsonl:3")
+
+
+@pytest.mark.parametrize(
+    ("turn", "fault"),
+    [
+        (calling('{"day": "friday"}', '{"day": "monday"}'), "own.jsonl:3: messages: a turn makes 2 calls"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "own.jsonl:3: messages: content: expected a text or parts of text, got \"\\[{'type': 'image_url'",
+        ),
+        ("book friday", "own.jsonl:3: messages: expected objects, got 'book friday'"),
+    ],
+)
+def test_an_earlier_turn_that_would_be_cut_is_named(turn: object, fault: str) -> None:
+    """Of several calls all but the first were left out of the prompt, and an image was an empty text."""
+    value = line(calling('{"day": "friday"}'))
+    value["messages"] = [turn, *value["messages"]]  # type: ignore[misc]
+    with pytest.raises(ValueError, match=fault):
+        from_openai(value, TOOLS, "own.jsonl:3")
+
+
+@pytest.mark.parametrize(
+    ("tools", "fault"),
+    [
+        (None, "own.jsonl:3: tools: expected a list of at least one tool, got 'None'"),
+        ({"name": "book"}, "own.jsonl:3: tools: expected a list"),
+        (["book"], "own.jsonl:3: tools: tool 1: needs a name and parameters, got 'book'"),
+        ([{"function": {"name": "book", "description": 3}}], r"own.jsonl:3: tools: tool 1 \(book\): description: exp"),
+    ],
+)
+def test_tools_that_are_none_are_named(tools: object, fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        from_openai(line(calling('{"day": "friday"}'), tools=tools), TOOLS, "own.jsonl:3")
+
+
+def test_tools_and_texts_are_those_that_the_server_shows(tmp_path: Path) -> None:
+    """Training saw a known tool's pages and an agent's reminders, of which the server leaves out both."""
+    shown = Tool(
+        "book", "Book a meeting.", {"type": "object", "properties": {"day": {"type": "string", "x-copy": "span"}}}
+    )
+    theirs = {**BOOK, "description": "Books.\n\nPages of it.", "parameters": {**BOOK["parameters"], "required": []}}
+    ping = {"name": "ping", "description": "Ping a host.\nPages of it."}
+    value = line(
+        calling('{"day": "friday"}'),
+        tools=[{"type": "function", "function": found} for found in ({"name": "bare"}, theirs, ping)],
+    )
+    parts = ["<system-reminder>It is May.</system-reminder>\n", "book friday", "in May\n"]
+    value["messages"][1] = {"role": "user", "content": [{"type": "text", "text": text} for text in parts]}  # type: ignore[index]
+    files.write_jsonl(tmp_path / "own.jsonl", [value])
+    (request,) = read_requests(tmp_path / "own.jsonl", (shown,))
+    nothing = {"type": "object", "properties": {}}
+    assert request.tools == (shown, Tool("bare", "", nothing), Tool("ping", "Ping a host.", nothing))
+    assert request.messages == ({"role": "user", "content": "book friday\nin May"},)

@@ -1,4 +1,4 @@
-"""The tools a client offers, as the model knows them."""
+"""What a client sends - tools, texts - as the model knows it: in training as on the server."""
 
 from collections.abc import Sequence
 

@@ -1,0 +1,31 @@
+import random
+
+import pytest
+
+from pipeline.toolcall.slots import Draw, check_slots
+
+
+def test_draw_is_the_same_within_a_request_and_another_with_a_number() -> None:
+    slots = {"n": [{"v": n} for n in range(1000)]}
+    filled = Draw(slots, random.Random(0), "x:1").fill(["{{n.v}}", "is {{n.v}}", "{{n#2.v}}"])
+    assert filled[1] == f"is {filled[0]}"
+    assert isinstance(filled[0], int)
+    assert filled[2] != filled[0]
+
+
+def test_draw_names_an_unknown_slot() -> None:
+    with pytest.raises(ValueError, match="x:1: no slot 'path'"):
+        Draw({}, random.Random(0), "x:1").fill("show {{path}}")
+
+
+@pytest.mark.parametrize("text", ["{{day2}}", "{{Day}}", "{{file-name}}", "{{day#two}}", "{{day.}}"])
+def test_what_looks_like_a_slot_and_is_none_is_refused(text: str) -> None:
+    """It was left in the request as text."""
+    with pytest.raises(ValueError, match=rf"x:1: {text} is no slot: expected .* of a-z and _"):
+        check_slots({"messages": [{"content": f"show {text}"}]}, "x:1")
+
+
+def test_slots_and_braces_of_texts_are_let_through() -> None:
+    check_slots(
+        {"a": ["{{ url }} {{}} {{.Names}} {{day}} {{day#2}}", '{"a":{"b":{}}}'], "b": "{{day#2.long_name}}"}, "x:1"
+    )
