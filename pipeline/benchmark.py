@@ -8,10 +8,10 @@ reports/benchmark/cuda/{variant}.json, and only after the variant's replies ther
 import asyncio
 import logging
 import random
-import resource
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from pipeline.bench.load import serve
 from pipeline.bench.statistics import percentiles
 from pipeline.provenance import provenance
 from pipeline.runtime.caller import Reply, ToolCaller, load_runtime
+from pipeline.runtime.fixed import peak_rss_bytes
 from pipeline.runtime.generation import PLAIN, Choice, NullRuntime, Techniques, ablations
 from pipeline.serving.engine import Asked, Engine
 from pipeline.toolcall.conversation import Request, parse_request
@@ -91,15 +92,21 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
     requests = [parse_request(value, (), where) for where, value in files.read_spread(requests_file, cfg.requests)]
     random.Random(0).shuffle(requests)
     held = variant in HELD or variant in cuda.HELD
-    with watched(gpu) as alone:
+    log.info("%s on %s", variant, device)
+
+    def alone_with_it() -> tuple[ToolCaller, float, list[Reply]]:
         start = time.perf_counter()
         caller = ToolCaller.load(folder, paths.tools, device, cfg.threads, techniques if held else PLAIN)
         load_s = time.perf_counter() - start
-        log.info("%s on %s", variant, device)
         for request in requests[: cfg.warmup_calls]:
             ask(caller, request, cfg)
-        made = one_client(caller, requests, cfg)
-    peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the model is loaded again
+        return caller, load_s, one_client(caller, requests, cfg)
+
+    # On a thread that ends: PyTorch's OpenMP has threads for each that called it, and while those of two live, on as
+    # many processors, none waits awake: a call through the engine then took twice the time.
+    with watched(gpu) as alone, ThreadPoolExecutor(1) as thread:
+        caller, load_s, made = thread.submit(alone_with_it).result()
+    peak_rss = peak_rss_bytes()  # before the model is loaded again
     together = cfg.together if held else 1
     engine = Engine(
         lambda: ToolCaller.load(folder, paths.tools, device, cfg.threads, caller.techniques, together),
@@ -117,7 +124,6 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
         by_concurrency.append(found)
         cuda.require_parity(variant, found["same_reply_fraction"], least_same, f"the reply of one client to {clients}")
     engine.stop()
-    decode = sum(reply.new_tokens - 1 for reply in made) / sum(reply.total_s - reply.first_token_s for reply in made)
     weights = sum(p.stat().st_size for p in [*folder.glob("model.onnx*"), *folder.glob("*.safetensors")])
     limit_bytes_per_s = gpu.bandwidth_bytes_per_s() if gpu else read_bandwidth_bytes_per_s(cfg.threads)
     metrics: dict[str, Any] = {
@@ -125,15 +131,15 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
         "device": device,
         "model_bytes": weights,
         "load_s": load_s,
-        "peak_rss_bytes": peak_rss_bytes,
+        "peak_rss_bytes": peak_rss,
         **gpu_measures(alone, busy),
         "calls": len(made),
         "mean_new_tokens": float(np.mean([reply.new_tokens for reply in made])),
         "call_s": percentiles([reply.total_s for reply in made]),
         "first_token_s": percentiles([reply.first_token_s for reply in made]),
         "prefill_tokens_per_s": prefill_tokens_per_s(caller),
-        "decode_tokens_per_s": decode,
-        "step_s": (step_s := one_token_step_s(caller)),
+        "decode_tokens_per_s": 1 / (step_s := one_token_step_s(caller)),
+        "step_s": step_s,
         "bandwidth_fraction": weights / step_s / limit_bytes_per_s,
         "harness_call_s": harness_call_s(caller, requests[0], cfg),
         "by_concurrency": by_concurrency,
@@ -280,18 +286,20 @@ def one_token_step_s(caller: ToolCaller) -> float:
 
 
 def read_bandwidth_bytes_per_s(threads: int) -> float:
-    """Best of five products of two vectors of 128 MiB a thread: what reading the weights once a token is limited by."""
-    one, other = np.ones(32 * 2**20, np.float32), np.ones(32 * 2**20, np.float32)
+    """Best of five products of two vectors of 128 MiB a thread, its own, which no cache holds: what reading the weights
+    once a token is limited by.
+    """
+    pairs = [(np.ones(32 * 2**20, np.float32), np.ones(32 * 2**20, np.float32)) for _ in range(threads)]
     times = []
     for _ in range(5):
-        readers = [threading.Thread(target=np.dot, args=(one, other)) for _ in range(threads)]
+        readers = [threading.Thread(target=np.dot, args=pair) for pair in pairs]
         start = time.perf_counter()
         for reader in readers:
             reader.start()
         for reader in readers:
             reader.join()
         times.append(time.perf_counter() - start)
-    return threads * (one.nbytes + other.nbytes) / min(times)
+    return sum(vector.nbytes for pair in pairs for vector in pair) / min(times)
 
 
 @hydra.main(version_base="1.3", config_path="..", config_name="params")

@@ -5,6 +5,7 @@ reports/cost.json.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,8 +99,16 @@ class Params:
 
 def run(reports: Path, report: Path, cfg: CostConfig) -> dict[str, Any]:
     variants = price_all(reports, "", VARIANTS, cfg.machine, cfg)
-    hosted = {**asdict(cfg.hosted), "usd_per_thousand_calls": 1000 * cfg.hosted.usd_per_call}
+    usd_per_call, usd_per_day = cfg.hosted.usd_per_call, 24 * cfg.machines[cfg.machine].usd_per_hour
+    hosted = {
+        **asdict(cfg.hosted),
+        "usd_per_thousand_calls": 1000 * usd_per_call,
+        "break_even_calls_per_day": usd_per_day / usd_per_call if usd_per_call else None,  # with one whole machine
+    }
     metrics = {
+        "utilisation": cfg.utilisation,
+        "p95_limit_s": cfg.p95_limit_s,
+        "tokens_per_day": cfg.tokens_per_day,
         "machine": facts(cfg.machine, cfg),
         "hosted": hosted,
         "variants": variants,
@@ -198,7 +207,8 @@ def price(
 ) -> dict[str, Any]:
     """At the number of clients with the most calls a second whose p95 is within cost.p95_limit_s.
 
-    Where none is within, at the fewest clients; `within_p95_limit` says so.
+    Where none is within, at the fewest clients; `within_p95_limit` says so. Calls and tokens have their share of a
+    machine's price; a day's traffic is on as many whole machines as it needs.
     """
     levels = benchmark["by_concurrency"]
     within = [level for level in levels if level["p95_s"] <= cfg.p95_limit_s]
@@ -207,13 +217,15 @@ def price(
     per_million = usd_per_million_tokens(per_hour, level["new_tokens_per_s"], cfg.utilisation)
     per_thousand = per_hour / (level["calls_per_s"] * cfg.utilisation * 3600) * 1000
     exact, hosted = evaluate["exact_call_fraction"], cfg.hosted
-    per_day = per_million * cfg.tokens_per_day / 1e6
+    machines = math.ceil(cfg.tokens_per_day / (level["new_tokens_per_s"] * cfg.utilisation * 86_400))
+    per_day = machines * 24 * per_hour
     return {
         "concurrency": level["concurrency"],
         "within_p95_limit": bool(within),
         "usd_per_million_tokens": per_million,
         "usd_per_thousand_calls": per_thousand,
         "usd_per_thousand_correct_calls": per_thousand / exact if exact else None,
+        "machines": machines,
         "usd_per_day": per_day,
         "usd_per_month": per_day * 365.25 / 12,
         "usd_per_year": per_day * 365.25,

@@ -7,7 +7,7 @@ from models/cuda/fused-fp16 to models/cuda/{variant} and reports/quantize/cuda/{
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,17 @@ class VariantConfig:
     float_inputs: int  # how many matrix products, those with the most uneven inputs, stay weight-only
     eight_bit_products: int  # how many matrix products, those that lose most by 4 bits, keep 8, where gptq
     tuning_steps: int  # in which the scales learn to say what the tuned model says, where gptq; 0: none
+
+    def in_effect(self) -> "VariantConfig":
+        """Without what the algorithm makes no use of, so that a sweep over algorithms names what each was given."""
+        of_gptq, of_dynamic = self.algorithm == "gptq", self.dynamic
+        return replace(
+            self,
+            eight_bit_products=self.eight_bit_products if of_gptq else 0,
+            tuning_steps=self.tuning_steps if of_gptq else 0,
+            smoothing=self.smoothing if of_dynamic else 0.0,
+            float_inputs=self.float_inputs if of_dynamic else 0,
+        )
 
     def __post_init__(self) -> None:
         config.require_one_of("quantize.VARIANT.bits", self.bits, [4, 8])
@@ -107,6 +118,9 @@ def run(paths: config.Paths, report: Path, variant: str, cfg: QuantizeConfig) ->
     precision = onnx_export.PRECISIONS[cfg.device]
     rows = files.read_spread(prepared / "validation-hand.jsonl", cfg.prompts)
     requests = [parse_request(value, (), where) for where, value in rows]
+    if settings != settings.in_effect():
+        log.warning("quantize.%s: %s makes no use of all of %s", variant, settings.algorithm, settings)
+    settings = settings.in_effect()
     log.info("quantizing to %s: %s", variant, settings)
     start = time.perf_counter()
     with files.whole_folder(out) as folder:

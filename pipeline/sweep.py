@@ -6,8 +6,9 @@ Hydra's sweeper makes the trials of what is given on the command line, and its l
 machines that share this folder. Reads models/fused and models/tuned; writes reports/sweeps/NAME/: a folder for each
 trial, trials.csv, pareto.png and verdict.txt. Calls are scored on the validation requests written by hand: a setting
 chosen on the test would flatter itself.
-A trial that was done with equal settings and inputs, in this sweep or another, is not done again; one that fails does
-not stop the others.
+A trial that was done with equal settings and inputs on such a CPU, in this sweep or another, is not done again; one
+that fails does not stop the others. Compared are trials of the models and requests as they are now on one CPU, that of
+the last trial: the others, say of before a training, keep their folders but are left out of trials.csv.
 """
 
 import fcntl
@@ -30,7 +31,7 @@ import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import config, files
+from pipeline import config, files, provenance
 from pipeline.bench import pareto
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ class Params:
 def run(params: Params, settings: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """One trial; `settings` are those of its stages. Its row in trials.csv."""
     sweep = params.paths.reports / "sweeps" / params.sweep.name
-    folder = sweep / trial_id(params, settings)
+    shared = {"inputs_sha256": inputs_sha256(params), "machine": provenance.machine()["cpu"]}
+    folder = sweep / trial_id(params.variant, settings, shared)
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder / ".lock") as lock:
         done = folder / "trial.json"
@@ -75,11 +77,12 @@ def run(params: Params, settings: dict[str, Any], overrides: list[str]) -> dict[
         if row:
             log.info("%s was done before", folder.name)
         else:
-            row = {"trial": folder.name, "overrides": " ".join(overrides), **trial(params, folder, overrides, lock)}
+            row = {"trial": folder.name, "overrides": " ".join(overrides), "commit": provenance.commit(), **shared}
+            row |= trial(params, folder, overrides, lock)
         if not done.exists() or files.read_json(done) != row:
             files.write_json(done, row)
     with held(sweep / ".lock"):
-        summarize(sweep, params.sweep.max_loss_fraction)
+        summarize(sweep, shared, params.sweep.max_loss_fraction)
     return row
 
 
@@ -89,18 +92,19 @@ def done_before(sweeps: Path, trial: str) -> dict[str, Any] | None:
     return next((row for row in rows if row["error"] is None), None)
 
 
-def trial_id(params: Params, settings: dict[str, Any]) -> str:
-    """Of the settings, the models that are read and the requests, so that equal trials have equal ids."""
+def inputs_sha256(params: Params) -> str:
+    """Of the models that are read, the tools and the requests."""
     paths = params.paths
     models = [path for name in READ for path in sorted((paths.models / name).glob("model.*"))]
     requests = [paths.prepared / f"{name}.jsonl" for name in ("train", "validation-hand", "test")]
-    inputs = {
-        "variant": params.variant,
-        "settings": settings,
-        "files": [files.sha256(path) for path in [*models, paths.tools, params.sweep.requests, *requests]],
-    }
-    text = json.dumps(inputs, sort_keys=True, default=str)
-    return f"{params.variant}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    hashes = [files.sha256(path) for path in [*models, paths.tools, params.sweep.requests, *requests]]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+def trial_id(variant: str, settings: dict[str, Any], shared: dict[str, str]) -> str:
+    """Equal trials have equal ids. `shared`: what comparable trials have in common, their inputs and their CPU."""
+    text = json.dumps({"variant": variant, "settings": settings} | shared, sort_keys=True, default=str)
+    return f"{variant}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 @contextmanager
@@ -156,11 +160,12 @@ def trial(params: Params, folder: Path, overrides: list[str], lock: int) -> dict
     }
 
 
-def summarize(sweep: Path, max_loss_fraction: float) -> None:
-    """trials.csv, and where a trial succeeded pareto.png and verdict.txt."""
-    rows = [files.read_json(path) for path in sorted(sweep.glob("*/trial.json"))]
-    if not rows:
-        return
+def summarize(sweep: Path, shared: dict[str, str], max_loss_fraction: float) -> None:
+    """trials.csv of the trials with these inputs and CPU, and where one succeeded pareto.png and verdict.txt."""
+    found = [files.read_json(path) for path in sorted(sweep.glob("*/trial.json"))]
+    rows = [row for row in found if shared.items() <= row.items()]
+    if len(rows) < len(found):
+        log.info("%s: left out %d trials of other inputs or another CPU", sweep, len(found) - len(rows))
     table = pareto.ranked(pd.DataFrame(rows), max_loss_fraction)
     files.write_text(sweep / "trials.csv", table.to_csv(index=False))
     if table["error"].isna().any():
@@ -168,6 +173,9 @@ def summarize(sweep: Path, max_loss_fraction: float) -> None:
         verdict = pareto.verdict(table, max_loss_fraction)
         files.write_text(sweep / "verdict.txt", f"{verdict}\n")
         log.info("%s", verdict)
+    else:  # what stands there is of trials that were left out
+        for name in ("pareto.png", "verdict.txt"):
+            (sweep / name).unlink(missing_ok=True)
 
 
 def objectives(raw: DictConfig) -> tuple[float, float, float] | None:

@@ -44,7 +44,8 @@ def priced(reports: Path, cfg: CostConfig = CFG) -> dict[str, Any]:
 def test_without_a_gpu_there_is_nothing_about_one(tmp_path: Path) -> None:
     write(tmp_path, 1.0, *VARIANTS)
     found = priced(tmp_path)
-    assert set(found) == {"machine", "hosted", "variants", "gpu_machines"}
+    settings = {"utilisation", "p95_limit_s", "tokens_per_day"}
+    assert set(found) == {"machine", "hosted", "variants", "gpu_machines"} | settings
     assert found["machine"] == {
         "name": "box", "usd_per_hour": 0.18, "provider": "P", "date": "2026-10", "source": "a list"
     }  # fmt: skip
@@ -54,8 +55,21 @@ def test_without_a_gpu_there_is_nothing_about_one(tmp_path: Path) -> None:
     assert int8["usd_per_million_tokens"] == pytest.approx(5.0)  # 20 tokens a call
     assert int8["usd_per_thousand_correct_calls"] == pytest.approx(0.125)
     assert int8["concurrency"] == 1  # two clients' p95 is 3 s
+    assert int8["within_p95_limit"]
+    assert found["hosted"]["break_even_calls_per_day"] == pytest.approx(2880)  # 4.32 USD a day, 0.0015 a call
     # five times the price of the box, which answers one call a second
     assert found["gpu_machines"][0]["calls_per_s_to_pay"]["int8"] == pytest.approx(5.0)
+
+
+def test_a_days_traffic_is_on_whole_machines(tmp_path: Path) -> None:
+    """A million tokens a day cost their share of a machine's price: two thirds of a machine, which nobody rents out."""
+    write(tmp_path, 1.0, *VARIANTS)
+    # 20 tokens a second, half of the day: 864,000
+    for tokens, machines in ((864_000, 1), (10**6, 2), (10, 1)):
+        int8 = priced(tmp_path, replace(CFG, tokens_per_day=tokens))["variants"]["int8"]
+        assert int8["machines"] == machines
+        assert int8["usd_per_day"] == pytest.approx(machines * 24 * 0.18)
+        assert int8["usd_per_year"] == pytest.approx(365.25 * machines * 24 * 0.18)
 
 
 def test_gpu_is_priced_on_the_machine_that_has_it(tmp_path: Path) -> None:

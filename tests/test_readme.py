@@ -1,7 +1,11 @@
-"""What README shows is what the committed reports say."""
+"""What README shows is what the committed reports say, and what README and docs have typed can be typed."""
 
 import re
+import shlex
 from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,3 +30,18 @@ def test_files_it_points_to_exist() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (ROOT / link).exists(), link
+
+
+def commands() -> list[str]:
+    """What follows each `python -m` of README.md and docs, to the end of its code or line; `\\` joins lines."""
+    texts = [path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]]
+    return [
+        found for text in texts for found in re.findall(r"python -m (pipeline\.[^`\n]*)", text.replace("\\\n", " "))
+    ]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_overrides_of_documented_commands_are_in_hydra_s_grammar(command: str) -> None:
+    """README had `report.against=HEAD~1`, which Hydra refuses without quotes."""
+    words = shlex.split(command, comments=True)[1:]
+    OverridesParser.create().parse_overrides([word for word in words if not word.startswith("-")])

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.bench.tables import LADDER, ablation
+from pipeline.bench.tables import LADDER, ablation, projection, speed
 from pipeline.report import ReportConfig, fault, recommend, require_one_run, run
 
 CFG = ReportConfig(max_loss_fraction=0.02, significance=0.05, min_exact_fraction=0.5, gate=False, against=None)
@@ -51,6 +51,26 @@ def test_ablation_table_has_a_column_for_each_variant_with_techniques() -> None:
     ]
     table = ablation({"benchmark": {"torch-fp32": {"ablation": []}, "int8": {"ablation": rows}}})
     assert table.to_dict() == {"int8": {"all": "100 ms, 1.00x, 100% same", "without drafts": "150 ms, 1.50x, 50% same"}}
+
+
+def test_reply_tokens_per_second_are_over_whole_calls() -> None:
+    """Where calls are told as a whole, tokens after the first over the time after it were 2,146 a second."""
+    ranks = {"p50": 0.1, "p95": 0.2, "p99": 0.2, "mean": 0.125}
+    made = {"call_s": ranks, "calls": 2, "mean_new_tokens": 25.0, "prefill_tokens_per_s": 700.0, "load_s": 1.0}
+    (row,) = speed({"benchmark": {"int4": made}}).to_dict("records")
+    assert row["reply tokens/s"] == "200"  # 50 tokens in a quarter of a second
+
+
+def test_prices_say_their_clients_calls_and_whether_p95_was_too_long() -> None:
+    priced = {"usd_per_thousand_calls": 0.1, "usd_per_thousand_correct_calls": None, "usd_per_million_tokens": 5.0}
+    priced |= {"usd_per_day": 8.64, "usd_per_month": 263.0, "usd_per_year": 3156.0, "savings_fraction": 0.25}
+    priced |= {"concurrency": 10, "within_p95_limit": True, "most_calls_per_day": 86_400.0, "machines": 2}
+    slow = priced | {"concurrency": 1, "within_p95_limit": False}
+    variants = dict.fromkeys(LADDER, priced) | {"torch-fp32": slow}
+    table = projection({"variants": variants, "p95_limit_s": 2.0, "utilisation": 0.5}).set_index("variant").T.to_dict()
+    assert table["torch-fp32"]["clients"] == "1, p95 over 2 s"
+    expected = {"clients": "10", "calls a day of a machine": "43,200", "machines": "2", "a day": "8.64"}
+    assert table["int8"].items() >= (expected | {"saved against torch-fp32": "25%"}).items()
 
 
 def test_reports_of_two_runs_are_refused_by_name() -> None:

@@ -13,7 +13,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline import files
-from pipeline.sweep import held
+from pipeline.provenance import machine
+from pipeline.sweep import held, summarize
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,6 +79,34 @@ def test_lock_is_held_until_the_stage_that_inherited_it_ends(tmp_path: Path) -> 
     assert is_free(lock)
 
 
+def test_trials_of_other_weights_or_machines_are_not_compared(tmp_path: Path) -> None:
+    """After a training the old weights' trials stood in the table beside the new ones', with the same names."""
+    now = {"inputs_sha256": "new", "machine": "X"}
+    trials = {
+        "a": (now, 0.5),
+        "b": (now, 0.6),
+        "c": (now | {"inputs_sha256": "old"}, 0.9),
+        "d": ({"machine": "X"}, 0.9),
+    }
+    for name, (of, exact) in trials.items():
+        row = {"trial": name, "overrides": f"x.y={name}", "commit": "1", "error": None, "exact_call_fraction": exact}
+        files.write_json(tmp_path / name / "trial.json", row | of | {"p50_s": 0.1, "model_bytes": 9})
+    summarize(tmp_path, now, 0.01)
+    table = pd.read_csv(tmp_path / "trials.csv")
+    assert table["trial"].tolist() == ["b", "a"]
+    assert {"commit", "machine", "inputs_sha256"} < set(table)
+    assert (tmp_path / "verdict.txt").read_text().startswith("Recommended: y=b, 60.0% exact")
+
+
+def test_a_verdict_on_other_weights_goes_when_no_trial_of_these_succeeded(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "verdict.txt", "of the old weights")
+    now = {"inputs_sha256": "new", "machine": "X"}
+    row = {"trial": "a", "overrides": "", "error": "no", "exact_call_fraction": None, "p50_s": None}
+    files.write_json(tmp_path / "a/trial.json", row | now)
+    summarize(tmp_path, now, 0.01)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["trials.csv"]
+
+
 @pytest.mark.slow
 def test_trials_fail_alone_and_are_not_done_twice(project: Path) -> None:
     first = sweep(project, "quantize.int4.algorithm=rtn", "quantize.int4.block_size=32,48")
@@ -85,6 +114,7 @@ def test_trials_fail_alone_and_are_not_done_twice(project: Path) -> None:
     failed = first[first["error"].notna()]
     assert failed["error"].str.contains(r"block_size must be one of \[16, 32, 64, 128, 256\], got 48").all()
     assert first["recommended"].tolist() == [True, False]
+    assert (first["machine"] == machine()["cpu"]).all()
     stamps = finished(project)
     second = sweep(project, "quantize.int4.algorithm=rtn", "quantize.int4.block_size=32,64")
     assert len(second) == 3
@@ -97,6 +127,7 @@ def test_trials_fail_alone_and_are_not_done_twice(project: Path) -> None:
     assert third["error"].isna().all()
     times = {path.parent.name: path.stat().st_mtime_ns for path in project.glob("reports/sweeps/*/*/quantize.log")}
     assert len(times) == 4, "the trial that the other sweep had was done again"
+    assert first["inputs_sha256"].tolist() == third["inputs_sha256"].tolist()
 
 
 @pytest.mark.slow

@@ -88,12 +88,12 @@ def calibration(rows: Sequence[dict[str, Any]], exact: Sequence[bool]) -> dict[s
     if not calls:
         return {"n": 0, "expected_calibration_error": None, "reliability": [], "risk_coverage": []}
     confidence, right = zip(*calls, strict=True)
-    parts = reliability(confidence, right)
+    parts, curve = reliability(confidence, right), risk_coverage(confidence, right)
     return {
         "n": len(calls),
         "expected_calibration_error": expected_calibration_error(parts),
         "reliability": parts,
-        "risk_coverage": risk_coverage(confidence, right)[:: max(1, len(calls) // 100)],
+        "risk_coverage": [*curve[: -1 : max(1, len(calls) // 100)], curve[-1]],  # the last is of all calls
     }
 
 

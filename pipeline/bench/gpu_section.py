@@ -38,6 +38,12 @@ def read(reports: Path) -> dict[str, Any]:
             f"{measured} is of different runs (settings or GPUs): {', '.join(names)}; "
             "dvc repro -f pipeline/cuda/dvc.yaml makes them anew"
         )
+    gpus = {gpu for _, gpu in runs}.union(*map(_gpus, found["speed"]))
+    if len(gpus) > 1:
+        raise ValueError(
+            f"{measured} and its speed/ are of different GPUs: {', '.join(sorted(gpus))}; "
+            "dvc repro -f pipeline/cuda/dvc.yaml makes them anew"
+        )
     return found
 
 
@@ -67,7 +73,8 @@ def markdown(found: dict[str, Any], cost: dict[str, Any], on_cpu: str) -> list[s
     if found["speed"]:
         parts += ["## Other sizes on a GPU: speed only, random weights"]
         for shape in found["speed"]:
-            parts += [f"{shape['shape']} (`{shape['source']}`):", _table(speed(shape, cost))]
+            where = f"on {', '.join(sorted(_gpus(shape)))}"
+            parts += [f"{shape['shape']} (`{shape['source']}`), {where}:", _table(speed(shape, cost))]
         said = "PyTorch answers one request at a time, whatever the number of clients."
         if "gpu_machine" in cost:
             machine, utilisation = cost["gpu_machine"], cost["gpu_break_even"]["utilisation"]
@@ -133,6 +140,10 @@ def speed(shape: dict[str, Any], cost: dict[str, Any]) -> pd.DataFrame:
         for name, made in ((name, shape["variants"][name]) for name in FOLDERS if name in shape["variants"])
     ]
     return pd.DataFrame(rows)
+
+
+def _gpus(shape: dict[str, Any]) -> set[str]:
+    return {made["gpu"]["name"] if made["gpu"] else "a CPU" for made in shape["variants"].values()}
 
 
 def _share(fraction: float | None) -> str:

@@ -122,7 +122,8 @@ ABOUT = (
     "`python -m pipeline.growth`. Dotted lines are limits, from what the machine was measured to do in the same run: "
     "reading memory, and multiplying large squares of float32 (as attention, and the weights of fused-fp32) and of "
     "8-bit integers (as the weights of int8, and of int4, which are unpacked to them). Only a model that fits the "
-    "processor's caches could pass the memory's."
+    "processor's caches could pass the memory's. Each part names its commit and machine: its weights may not be "
+    "today's, nor its machine that of the tables above."
 )
 TITLES = {
     "prompt": "A longer request",
@@ -135,7 +136,8 @@ PARAGRAPHS: dict[str, Callable[[dict[str, Any]], str]] = {"prompt": prompt, "cli
 def _paragraphs(name: str, part: dict[str, Any], text: str, rows: Sequence[Row]) -> str:
     machine, where = part["machine"], part["provenance"]["machine"]
     measured = (
-        f"{where['cpu']}, {where['cores']} cores: {machine['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s, "
+        f"At commit {(part['provenance']['commit'] or 'unknown')[:7]}, on {where['cpu']}, {where['cores']} cores: "
+        f"{machine['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s, "
         f"{machine['float32_operations_per_s'] / 1e9:.0f} and {machine['int8_operations_per_s'] / 1e9:.0f} billion "
         "operations a second in float32 and in 8-bit integers."
     )

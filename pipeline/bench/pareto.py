@@ -54,12 +54,13 @@ def verdict(table: pd.DataFrame, max_loss_fraction: float) -> str:
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """For people, the most exact first, the failed last."""
+    """For people, the most exact first, the failed last; numbered as in the picture."""
     rows = []
-    for _, row in table.iterrows():
+    for number, (_, row) in enumerate(table.iterrows(), start=1):
         made = pd.isna(row["error"])
         rows.append(
             {
+                "#": number,
                 "trial": _label(row, table),
                 "exact calls": f"{row['exact_call_fraction']:.1%}" if made else str(row["error"])[:80],
                 "p50 ms": f"{1e3 * row['p50_s']:.0f}" if made else "",
@@ -72,7 +73,7 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot(table: pd.DataFrame, path: Path) -> None:
-    """Exact calls against p50; the area of a dot is the bytes of the model."""
+    """Exact calls against p50; the area of a dot is the bytes of the model, its number that of the row in `shown`."""
     good = table[table["error"].isna()]
     taken = good[good["recommended"]].iloc[0]
     title = f"{_label(taken, table)}: {taken['exact_call_fraction']:.1%} exact in {1e3 * taken['p50_s']:.0f} ms"
@@ -81,17 +82,34 @@ def plot(table: pd.DataFrame, path: Path) -> None:
         colours = [colour("int8" if on_front else "") for on_front in good["on_front"]]
         megabytes = good["model_bytes"] / 1e6
         axes.scatter(1e3 * good["p50_s"], 100 * good["exact_call_fraction"], s=megabytes, c=colours, alpha=0.7)
-        for _, row in good[good["on_front"]].iterrows():
+        for number, (_, row) in enumerate(good.iterrows(), start=1):  # the failed come last and have no dot
             place = (1e3 * row["p50_s"], 100 * row["exact_call_fraction"])
-            weight = "bold" if row["recommended"] else "normal"
-            axes.annotate(_label(row, table), place, (6, 3), textcoords="offset points", fontsize=7, weight=weight)
-        axes.margins(0.25)
-        axes.set(xlabel="p50 of a call, ms; red: on the front; area: bytes on disk", ylabel="exact calls, %")
+            axes.annotate(str(number), place, ha="center", va="center", fontsize=6.5).set_in_layout(False)
+            if row["recommended"]:
+                beside = axes.annotate(
+                    "recommended", place, (0, 9), textcoords="offset points", ha="center", fontsize=8
+                )
+                beside.set_in_layout(False)
+        axes.margins(0.12)
+        axes.set(
+            xlabel="p50 of a call, ms\norange: on the front, area: bytes on disk, number: in the table",
+            ylabel="exact calls, %",
+        )
 
 
 def _label(row: pd.Series, table: pd.DataFrame) -> str:
-    """The overrides in which trials differ, without their sections."""
-    given = [str(overrides).split() for overrides in table["overrides"]]
-    common = set.intersection(*map(set, given)) if len(given) > 1 else set()
-    own = [found for found in str(row["overrides"]).split() if found not in common]
-    return ", ".join(found.rpartition(".")[2] for found in own) or "the only trial"
+    """The settings in which trials differ, without their sections: of each trial the same, as far as it was given them.
+
+    A setting that one trial was given and another was not counts as different: the other's is that of params.yaml.
+    """
+    trials = [_given(overrides) for overrides in table["overrides"]]
+    keys = dict.fromkeys(key for trial in trials for key in trial)
+    told = [key for key in keys if len(trials) == 1 or len({trial.get(key) for trial in trials}) > 1]
+    own = _given(row["overrides"])
+    return ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in told if key in own) or "as in params.yaml"
+
+
+def _given(overrides: object) -> dict[str, str]:
+    """Value by key; what names the sweep tells no trials apart, and a CSV has nan for no overrides."""
+    parts = (part.partition("=") for part in str(overrides).split() if "=" in part)
+    return {key: value for key, _, value in parts if not key.startswith("sweep.")}

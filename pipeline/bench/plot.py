@@ -8,7 +8,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from pipeline.bench import sensitivity, side_by_side
+from pipeline.bench.against import RUN_TO_RUN
 from pipeline.bench.picture import INK, PALE, QUIET, bars, canvas, colour, line, mark, name_ends
+from pipeline.bench.statistics import wilson_interval
 from pipeline.bench.tables import BASE, BASELINE, LADDER, REFERENCE, SCORED, hosted_is_reached
 
 Found = dict[str, Any]
@@ -160,21 +162,28 @@ def _reliability(found: Found, chosen: str, path: Path) -> str:
     every = {name: found["evaluate"][name]["calibration"] for name in LADDER}
     errors = {name: of["expected_calibration_error"] for name, of in every.items()}
     points = {name: 100 * error for name, error in errors.items() if error is not None}
+    mine = every[chosen]["reliability"]
     title = f"{chosen} makes too few calls to judge its confidence"
     if chosen in points:
         title = f"{chosen}'s confidence is off by {points[chosen]:.1f} points on average"
     with canvas(path, title) as figure:
         axes = figure.subplots()
         axes.plot([0, 100], [0, 100], color=QUIET, linewidth=0.8, linestyle="--")
-        axes.annotate("as right as it says", (50, 50), (3, -3), va="top", color=QUIET, **BESIDE)
+        axes.annotate("as right as it says", (62, 62), (3, -3), va="top", color=QUIET, **BESIDE)
         for name in points:
             parts = every[name]["reliability"]
             at = ([100 * part[key] for part in parts] for key in ("mean_confidence", "right_fraction"))
             axes.plot(*at, label=f"{name}, {points[name]:.1f}", **line(name, chosen))
-        axes.set(xlabel="confidence in a call, %", ylabel="exact calls, %")
+        for part in mine:
+            ends = wilson_interval(round(part["n"] * part["right_fraction"]), part["n"])
+            axes.plot([100 * part["mean_confidence"]] * 2, [100 * end for end in ends], color=INK, linewidth=1)
+        axes.set(xlabel=f"confidence in a call, % (upright: {chosen}'s 95% intervals)", ylabel="exact calls, %")
         axes.grid(visible=True)
         if points:
-            axes.legend(title="off by, in points", fontsize=8, title_fontsize=8, frameon=False, alignment="left")
+            small: dict[str, Any] = {"fontsize": 8, "title_fontsize": 8, "frameon": False, "alignment": "left"}
+            axes.legend(title="off by, in points", loc="lower right", **small)
+    if mine:
+        title += f". Upright lines: {chosen}'s 95% intervals, each of {min(part['n'] for part in mine)} calls or more"
     return f"{title}. Expected calibration error in points: {_listed({n: f'{p:.1f}' for n, p in points.items()})}."
 
 
@@ -218,7 +227,8 @@ def _cost(found: Found, chosen: str, path: Path) -> str:
     usd = {name: found["cost"]["variants"][name]["usd_per_thousand_calls"] for name in LADDER}
     usd[hosted["model"]] = hosted["usd_per_thousand_calls"]
     texts = {name: f"{_usd(price)} USD" for name, price in usd.items()}
-    title = f"1,000 calls cost {texts[chosen]} with {chosen}, {texts[hosted['model']]} with {hosted['model']}"
+    title = f"On a machine busy {found['cost']['utilisation']:.0%} of the time 1,000 calls cost {texts[chosen]} with "
+    title += f"{chosen}; {texts[hosted['model']]} with {hosted['model']}"
     with canvas(path, title) as figure:
         colours = [colour(name) if name in LADDER else PALE for name in usd]
         bars(figure.subplots(), list(usd), list(usd.values()), list(texts.values()), colours)
@@ -228,20 +238,29 @@ def _cost(found: Found, chosen: str, path: Path) -> str:
 def _cascade(found: Found, chosen: str, path: Path) -> str:
     cost, hosted = found["cost"], found["cost"]["hosted"]
     steps = sorted(cost["variants"][chosen]["cascade"].values(), key=lambda step: float(step["sent_fraction"]))
-    curve = [(step["usd_per_thousand_calls"], 100 * step["exact_call_fraction"]) for step in steps]
+    usd = [step["usd_per_thousand_calls"] for step in steps]
+    best, worst = (
+        [100 * step[key] for step in steps] for key in ("exact_call_fraction", "exact_call_fraction_at_worst")
+    )
+    curve = list(zip(usd, best, strict=True))
     alone = hosted["usd_per_thousand_calls"], 100 * hosted["assumed_exact_fraction"]
-    title = f"Doubtful calls sent on to {hosted['model']} make {chosen} more often right"
+    title = f"Sent on to {hosted['model']}, doubtful calls of {chosen} are at best more often right"
     if step := hosted_is_reached(cost, chosen):
         title = f"With {step['sent_fraction']:.0%} of the calls sent on, {100 * step['exact_call_fraction']:.0f}% are "
-        title += f"exact for {_usd(step['usd_per_thousand_calls'])} USD per 1,000"
-        title += f", if {alone[1]:.0f}% of {hosted['model']}'s are"
+        title += f"exact at best, if {hosted['model']} is right on {alone[1]:.0f}% of the hard calls too; "
+        title += f"{100 * step['exact_call_fraction_at_worst']:.0f}% at worst"
     with canvas(path, title) as figure:
         axes = figure.subplots()
-        axes.plot(*zip(*curve, strict=True), color=colour(chosen), marker=mark(chosen), linewidth=2)
+        axes.fill_between(usd, worst, best, color=colour(chosen), alpha=0.15, linewidth=0)
+        axes.plot(usd, best, color=colour(chosen), marker=mark(chosen), linewidth=2)
+        axes.plot(usd, worst, color=colour(chosen), linestyle="--", linewidth=1.2)
+        axes.annotate("at worst", (usd[-1], worst[-1]), (8, 0), va="center", **BESIDE)
         for step, at in zip(steps, curve, strict=True):
             text = f"{step['sent_fraction']:.0%} sent on" if step["sent_fraction"] else f"{chosen} alone"
             last, rises = at == curve[-1], any(exact > at[1] for _, exact in curve)
             place, side = ((8, 0), "center") if last else ((6, -4), "top") if rises else ((-8, 7), "bottom")
+            if not step["sent_fraction"]:
+                place, side = (9, 4), "bottom"  # between the two lines
             axes.annotate(text, at, place, va=side, **BESIDE)
         axes.plot(*alone, "*", color=QUIET, markersize=11)
         axes.annotate(f"{hosted['model']}\nalone (assumed)", alone, (0, -8), ha="center", va="top", **BESIDE)
@@ -249,7 +268,8 @@ def _cascade(found: Found, chosen: str, path: Path) -> str:
         axes.margins(x=0.15, y=0.15)
         axes.set_xlim(0, None)
         axes.grid(visible=True)
-    words = ", ".join(f"{exact:.1f}% for {_usd(usd)}" for usd, exact in curve)
+    ends = zip(worst, best, usd, strict=True)
+    words = ", ".join(f"{low:.1f} to {high:.1f}% for {_usd(price)}" for low, high, price in ends)
     return f"{title}. Exact calls for USD per 1,000 calls: {words}; assumed {alone[1]:.0f}% for {_usd(alone[0])}."
 
 
@@ -263,7 +283,9 @@ def _techniques(rows: list[Found], variant: str, path: Path) -> str:
         names = [{"all": "all techniques", "none": "none of them"}.get(name, name) for name in p50_s]
         values = [1e3 * seconds for seconds in p50_s.values()]
         texts = [f"{_short(ms)} ms, {ratio:.2f}x" for ms, ratio in zip(values, times.values(), strict=True)]
-        drawn = bars(figure.subplots(), names, values, texts, [colour(variant)] * len(names), room=1.4)
+        axes = figure.subplots()
+        axes.set_title(f"differences under {RUN_TO_RUN:.0%} are noise", loc="left", color=QUIET)
+        drawn = bars(axes, names, values, texts, [colour(variant)] * len(names), room=1.4)
         for bar in drawn[1:]:
             bar.set_alpha(0.5)
     words = _listed({name: f"{ratio:.2f}" for name, ratio in times.items()})

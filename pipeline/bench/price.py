@@ -33,9 +33,10 @@ def cascade(
 
     `rows` are scored replies (`called`, `confidence`, `outcome`); `usd_per_call` is of the local and the hosted model.
     Every request is asked locally first. Replies in text stay: their confidence is that of all their words and says
-    little. The hosted model is taken to be right equally often on whatever it is sent, which flatters it: what is
-    sent are the hard ones. From the break-even traffic on, one machine that runs all day (`usd_per_hour`) and the
-    calls sent on cost less than the hosted model for all calls; None where every call is sent.
+    little. Of all requests the hosted model is taken to be right on `hosted_exact_fraction`: at best
+    (`exact_call_fraction`) equally often on the hard ones that it is sent, at worst it is wrong on none but these.
+    From the break-even traffic on, one machine that runs all day (`usd_per_hour`) and the calls sent on cost less than
+    the hosted model for all calls; None where every call is sent.
     """
     kept = [row for row in rows if not row["called"] or row["confidence"] >= threshold]
     local, hosted = usd_per_call
@@ -45,6 +46,7 @@ def cascade(
     return {
         "sent_fraction": sent_fraction,
         "exact_call_fraction": right + sent_fraction * hosted_exact_fraction,
+        "exact_call_fraction_at_worst": right + max(0.0, sent_fraction - (1 - hosted_exact_fraction)),
         "usd_per_thousand_calls": 1000 * (local + sent_fraction * hosted),
         "break_even_calls_per_day": 24 * usd_per_hour / (kept_fraction * hosted) if kept and hosted else None,
     }

@@ -9,10 +9,12 @@ from typing import Any
 import pandas as pd
 
 from pipeline.bench import gpu_section, growth_section, learning_section, pareto, sensitivity, side_by_side, tables
+from pipeline.bench.against import RUN_TO_RUN
 from pipeline.bench.tables import BASE, BASELINE, REFERENCE
 
 Found = dict[str, Any]
 Pictures = dict[str, str]  # as markdown, by name
+NOISE = f"Differences in p50 under {RUN_TO_RUN:.0%} are noise."
 
 
 def everything(found: Found, faults: dict[str, str | None], chosen: str, pictures: Pictures) -> list[str]:
@@ -34,9 +36,14 @@ def everything(found: Found, faults: dict[str, str | None], chosen: str, picture
 
 
 def ladder(found: Found, faults: dict[str, str | None], pictures: Pictures) -> list[str]:
+    clients = found["benchmark"][BASELINE]["by_concurrency"][-1]["concurrency"]
     return [
         "## The ladder",
         table(tables.ladder(found, faults, BASELINE)),
+        f"p50 and p95 are of a call of one client, calls/s of {clients} clients at once, without HTTP; `faster` is "
+        f"against {BASELINE} too; `passes` is by the rule above. With the same weights {REFERENCE} can make more exact "
+        f"calls than {BASELINE}: its decoding, as that of int8 and int4, keeps to the tools' schemas, copies from the "
+        "request what has to stand in it, and makes of several calls the likeliest, or none.",
         pictures["ladder"],
         "The same tuned model five times, each step adding one thing:",
         "- torch-fp32: PyTorch, eager, a token a step\n"
@@ -69,7 +76,8 @@ def accuracy(found: Found, chosen: str, pictures: Pictures) -> list[str]:
         ),
         "### How far its confidence can be trusted",
         "The model says how sure it is of a call. First, how many are wrong if only the surest are kept; then, whether "
-        "calls of a confidence are right as often as it says.",
+        "calls of a confidence are right as often as it says. Some confidences are rare, and say little: upright lines "
+        f"are {chosen}'s 95% intervals.",
         f"{pictures['risk-coverage']} {pictures['reliability']}",
         *learning_section.markdown(found["learning"]),
     ]
@@ -81,7 +89,9 @@ def speed(found: Found, pictures: Pictures) -> list[str]:
         "From the request to its parsed call, on this machine's CPU, with the tools' prompt already computed.",
         f"{pictures['latency']} {pictures['throughput']}",
         table(tables.speed(found)),
-        "The p99 of few calls is close to the slowest of them.",
+        "The p99 of few calls is close to the slowest of them. Reply tokens/s: the tokens of all replies over the time "
+        f"of all calls, prompts included. There is no time to the first token: but for {BASELINE} and onnx-fp32, a "
+        "call is told as a whole, once it is known to be the likeliest.",
         *folded("By number of clients", table(tables.clients(found))),
     ]
     if "techniques" in pictures:
@@ -91,16 +101,16 @@ def speed(found: Found, pictures: Pictures) -> list[str]:
             "The same requests in turn, one client, one technique left out at a time; `same` in the table: replies "
             "that are those with all techniques. The grammar and the search for a likelier call change replies by "
             "design; what else differs is rounding: how many tokens a step has decides how the quantized variants "
-            "round.",
+            f"round. {NOISE}",
             *folded("Of each variant: p50 of a whole call", table(tables.ablation(found), index=True)),
         ]
     if peers := found["peers"]:
         parts += [
             "### Beside other runtimes",
             pictures["peers"],
-            f"The same tuned model in llama.cpp, OpenVINO and others: {peers['requests']} test requests, a run of its "
-            f"own (`make peers`), at commit {peers['provenance']['commit'][:7]}, whose weights may not be today's: "
-            "compare within this picture only. [peers.md](peers.md) has versions and builds.",
+            f"The same tuned model in llama.cpp, OpenVINO and others: {side_by_side.requests(peers)}, a run of its own "
+            f"(`make peers`), at commit {(peers['provenance']['commit'] or 'unknown')[:7]}, whose weights may not be "
+            "today's: compare within this picture only. [peers.md](peers.md) has versions and builds.",
             "The fastest of them that is at least as often exact:",
             "\n".join(side_by_side.as_right(peers)),
             *folded("The best of both sides, figure by figure", "\n".join(side_by_side.best(peers))),
@@ -120,13 +130,19 @@ def size(found: Found, pictures: Pictures) -> list[str]:
 
 
 def cost(found: Found, chosen: str, pictures: Pictures) -> list[str]:
-    machine = found["machine"]
+    machine, hosted = found["machine"], found["hosted"]
+    whole = f"A machine that is rented all day costs {24 * machine['usd_per_hour']:.2f} USD, however few its calls"
+    if hosted["break_even_calls_per_day"] is not None:
+        whole += f"; above {hosted['break_even_calls_per_day']:,.0f} calls a day that is less than {hosted['model']}"
     return [
         "## Cost",
         f"USD on {machine['name']} at {machine['usd_per_hour']} an hour ({machine['provider']}, {machine['date']}), "
-        "taken to be as fast as the machine that was measured, rented all the time and busy "
-        f"{tables.utilisation(found):.0%} of it. Day, month and year are for {tables.tokens_per_day(found):,.0f} "
-        "generated tokens a day.",
+        "taken to be as fast as the machine that was measured. Calls and tokens are priced on one that is rented all "
+        f"the time and busy {found['utilisation']:.0%} of it, which then answers the calls a day in the table. Its "
+        "speed is that with the clients in the table: the number with the most calls/s whose p95 is within "
+        f"{found['p95_limit_s']:g} s, or the fewest where none is. Day, month and year: whole machines for "
+        f"{found['tokens_per_day']:,} generated tokens a day.",
+        f"{whole}.",
         f"{pictures['cost']} {pictures['cascade']}",
         table(tables.projection(found)),
         f"### With a larger model behind {chosen}",
@@ -146,7 +162,8 @@ def sweeps(found: dict[str, tuple[pd.DataFrame, str]]) -> list[str]:
         parts += [
             f"### Sweep {name}",
             f"![Trials of the sweep {name}: exact calls against p50](sweeps/{name}/pareto.png)",
-            f"{verdict} Scored on the validation requests written by hand.",
+            f"{verdict} Scored on the validation requests written by hand, {_made_at(trials)}. {NOISE} The setting in "
+            "`params.yaml` may be another: disk and memory count too.",
             *folded(f"All {len(trials)} trials", table(pareto.shown(trials))),
         ]
     return parts
@@ -179,16 +196,37 @@ def measured(found: Found, chosen: str, pictures: Pictures) -> list[str]:
 
 def not_covered(found: Found) -> list[str]:
     hosted = found["cost"]["hosted"]
+    tools = len(set(found["evaluate"][REFERENCE]["by_category"]) - {"none"})
+    products = found["quantize"]["int4"]["sensitivity"]
     limits = [
         "The default base's weights were in 4 bits before they got here, which flatters INT4's loss.",
         f"{hosted['model']} was not asked: that {hosted['assumed_exact_fraction']:.0%} of its calls are exact, and how "
         "many tokens they have, is assumed.",
-        "One machine. Others are faster or slower, and not all variants by the same factor.",
+        f"Test requests are single messages of a user, in English, for {tools} tools: calls that depend on an earlier "
+        "tool's result are not scored.",
+        "The main tables are of one machine; growth and other runtimes name theirs. Others are faster or slower, and "
+        "not all variants by the same factor.",
         "These tools and these requests. Others need training of their own, and have other figures.",
     ]
+    if not products or any(product["sensitivity"] == 0 for product in products):  # such a one was on the grid before
+        limits.insert(
+            1,
+            f"{REFERENCE} computes in float32, but by default its embedding and lowest layers were rounded to INT4's "
+            "grid before training (train.frozen_layers, train.frozen_block_size): INT4's loss is that of the other "
+            "layers only, and what the rounding costs full precision was not measured.",
+        )
     if not found["cuda"]["benchmark"]:
         limits.append("No GPU: none was measured.")
     return ["## What is not covered", "\n".join(f"- {limit}" for limit in limits)]
+
+
+def _made_at(trials: pd.DataFrame) -> str:
+    """Commit and machine of a sweep's trials, where they were recorded."""
+    commits, machines = (
+        sorted(set(trials[key].dropna().astype(str))) if key in trials else [] for key in ("commit", "machine")
+    )
+    at = f"commit {', '.join(commit[:7] for commit in commits)}" if commits else "an earlier, unrecorded commit"
+    return f"at {at}{' on ' if machines else ''}{', '.join(machines)}, whose weights may not be today's"
 
 
 def folded(title: str, *parts: str) -> list[str]:
@@ -209,8 +247,10 @@ def _cascade_terms(cost: Found, variant: str) -> list[str]:
         f"{hosted['model']} ({hosted['provider']}, {hosted['date']}: {hosted['source']}) costs "
         f"{hosted['usd_per_million_input_tokens']:g} and {hosted['usd_per_million_output_tokens']:g} USD per million "
         f"tokens in and out. Assumed, not measured: {hosted['input_tokens_per_call']} tokens in and "
-        f"{hosted['output_tokens_per_call']} out a call, {hosted['assumed_exact_fraction']:.0%} exact, also on the "
-        "harder calls that are sent on.",
+        f"{hosted['output_tokens_per_call']} out a call, and that of all calls it is right on "
+        f"{hosted['assumed_exact_fraction']:.0%}. At best it is so on the hard calls too that are sent on; at worst "
+        "all that it gets wrong are among these. What a threshold gives is read off the test requests themselves, "
+        "which flatters both: choose one on others.",
         "Break-even: from this traffic on, one machine that runs all day costs less "
         f"than the calls it keeps from the hosted model; it answers up to {priced['most_calls_per_day']:,.0f} a day. "
         f"USD per 1,000 calls answered here by how busy {machine['name']} is: {at}.",

@@ -8,6 +8,7 @@ import pandas as pd
 
 from pipeline import files
 from pipeline.bench.picture import COLOURS, PALE, bars, canvas
+from pipeline.bench.statistics import wilson_interval
 
 SIDES = ("ours", "peers")
 FIGURES: dict[
@@ -76,14 +77,24 @@ def as_right(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def requests(report: dict[str, Any]) -> str:
+    """How many, and how little so few tell of exact calls: half the widest of their intervals."""
+    n = report["requests"]
+    hits = [round(n * found["exact_call_fraction"]) for side in SIDES for found in report[side].values()]
+    half = max((high - low) / 2 for low, high in (wilson_interval(hit, n) for hit in hits))
+    return (
+        f"{n} test requests (one is {100 / n:.1f} points of exact calls, whose 95% intervals, Wilson's, reach up to "
+        f"{100 * half:.0f} points to either side)"
+    )
+
+
 def markdown(report: dict[str, Any]) -> str:
     machine = report["provenance"]["machine"]
     agreed = [f"{name} {found['same_reply_fraction']:.0%}" for name, found in report["peers"].items()]
     return "\n\n".join(
         [
             "# Beside other runtimes",
-            f"The tuned model in all of them, greedy, {report['requests']} test requests, one run on "
-            f"{machine['cpu']}, "
+            f"The tuned model in all of them, greedy, {requests(report)}, one run on {machine['cpu']}, "
             f"{machine['cores']} cores. Peers get the prompt as tokens; our calls include tokenizing and parsing. "
             "Of the runtimes without batches, calls/s at 20 clients are those of one. "
             "Prefill and decode: 256 random tokens, then 64 more, a token a step.",

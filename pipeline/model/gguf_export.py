@@ -34,11 +34,14 @@ _NAMES = {
 def export_gguf(tuned: Path, out: Path, quantization: str) -> None:
     """Norms stay in float32; the embedding, which is the head too, is quantized like the rest.
 
-    Raises ValueError for a model that is no Llama with a byte-level BPE: others need llama.cpp's own converter.
+    Raises ValueError for a model that is no Llama with plain rotary positions and a byte-level BPE as SmolLM's: others
+    need llama.cpp's own converter.
     """
     config = files.read_json(tuned / "config.json")
     if config["model_type"] != "llama":
         raise ValueError(f"{tuned}: a GGUF is written of llama models only, not of {config['model_type']!r}")
+    if config.get("rope_scaling"):
+        raise ValueError(f"{tuned}: a GGUF is written without rope_scaling only, not with {config['rope_scaling']}")
     writer = gguf.GGUFWriter(out, "llama")
     _write_settings(writer, config)
     _write_tokenizer(writer, tuned, config)
@@ -101,6 +104,9 @@ def _write_tokenizer(writer: gguf.GGUFWriter, tuned: Path, config: dict[str, Any
     model = tokenizer["model"]
     if model["type"] != "BPE":
         raise ValueError(f"{tuned}: a GGUF is written of byte-level BPE tokenizers only, not of {model['type']}")
+    if "<0x00>" in model["vocab"]:  # not by byte_fallback: the default base's is true, and finds no such tokens
+        raise ValueError(f"{tuned}: a GGUF is written of byte-level BPE tokenizers only, not of one with byte_fallback")
+    _require_smollm_pre_tokenizer(tuned, tokenizer)
     added = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
     tokens = {at: token for token, at in model["vocab"].items()} | added
     normal, control, unused = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.UNUSED
@@ -118,3 +124,19 @@ def _write_tokenizer(writer: gguf.GGUFWriter, tuned: Path, config: dict[str, Any
     template = tuned / "chat_template.jinja"
     if template.exists():
         writer.add_chat_template(template.read_text(encoding="utf-8"))
+
+
+def _require_smollm_pre_tokenizer(tuned: Path, tokenizer: dict[str, Any]) -> None:
+    """llama.cpp's `smollm` splits digits one by one, then as GPT-2. The default base's file has lost the first step.
+
+    Its vocabulary has no two digits in a token, so this shows only where several spaces stand before a digit.
+    """
+    found = tokenizer["pre_tokenizer"] or {}
+    digits = {"type": "Digits", "individual_digits": True}
+    match found.get("pretokenizers", [found]):
+        case [*before, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}] if before in ([], [digits]):
+            return
+    raise ValueError(
+        f"{tuned}: a GGUF is written with SmolLM's pre-tokenizer only, ByteLevel with use_regex and without "
+        f"add_prefix_space, alone or after Digits with individual_digits, not with {tokenizer['pre_tokenizer']}"
+    )

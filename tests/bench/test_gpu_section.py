@@ -109,6 +109,7 @@ def test_other_sizes_are_called_what_they_are(tmp_path: Path) -> None:
         "call_s": {"p50": 0.2, "p95": 0.3, "p99": 0.4},
         "decode_tokens_per_s": 90.0,
         "calls_per_s": {"1": 4.9, "20": 4.9},
+        "gpu": {"name": "NVIDIA H200"},
     }
     rows = made | {"calls_per_s": {"1": 5.0, "20": 61.3}, "gpu_utilisation_fraction": 0.34}
     shape = {
@@ -125,7 +126,7 @@ def test_other_sizes_are_called_what_they_are(tmp_path: Path) -> None:
         in gpu_section.markdown(gpu_section.read(tmp_path), cost(), "int8")[-1]
     )
     assert title == "## Other sizes on a GPU: speed only, random weights"
-    assert name.startswith("phi-4-mini")
+    assert name == "phi-4-mini (`https://example.org`), on NVIDIA H200:"
     assert "1.00x" in table
     assert "calls/s at 20" in table
     assert "61.3" in table
@@ -134,6 +135,9 @@ def test_other_sizes_are_called_what_they_are(tmp_path: Path) -> None:
     priced = gpu_section.speed(gpu_section.read(tmp_path)["speed"][0], cost())
     # 5 USD an hour, busy half of it: 613 and 49 tokens/s make 1.1034 and 0.0882 million tokens
     assert list(priced["USD per million tokens"]) == ["56.689", "4.531"]
+    write(tmp_path, int8=measured(0.1, "NVIDIA L4"))  # whose machine's price would stand beside the other's speed
+    with pytest.raises(ValueError, match=r"speed/ are of different GPUs: NVIDIA H200, NVIDIA L4; dvc repro"):
+        gpu_section.read(tmp_path)
 
 
 def test_a_variant_below_the_gate_shows_its_share_alone(tmp_path: Path) -> None:

@@ -14,9 +14,16 @@ def test_cascade_sends_doubtful_calls_and_pays_for_both_models() -> None:
     found = cascade(ROWS, 0.5, (0.001, 0.01), usd_per_hour=1.0, hosted_exact_fraction=0.8)
     assert found["sent_fraction"] == 0.25
     assert found["exact_call_fraction"] == pytest.approx((3 + 0.8) / 4)
+    # at worst the 0.8 calls of four that it gets wrong are all in the one that it is sent
+    assert found["exact_call_fraction_at_worst"] == pytest.approx((3 + 0.2) / 4)
     assert found["usd_per_thousand_calls"] == pytest.approx(1 + 0.25 * 10)
     # 24 USD a day; a call saves 0.75 * 0.01 USD
     assert found["break_even_calls_per_day"] == pytest.approx(3200)
+
+
+def test_cascade_is_at_worst_right_on_nothing_that_is_sent_where_it_gets_more_wrong_than_that() -> None:
+    found = cascade(ROWS, 0.5, (0.001, 0.01), usd_per_hour=1.0, hosted_exact_fraction=0.7)
+    assert found["exact_call_fraction_at_worst"] == pytest.approx(3 / 4)
 
 
 def test_cascade_has_no_break_even_where_everything_is_sent() -> None:

@@ -66,6 +66,15 @@ def test_every_weight_is_quantized_and_logits_stay_near(
     assert stored < (WEIGHTS + HEAD) * (1.4 if "4" not in counts else 0.8) + 2 * 2048 * 8 * 4 + 10_000
 
 
+def test_settings_that_an_algorithm_does_not_use_are_not_reported_as_used() -> None:
+    given = settings(bits=4, eight_bit_products=20, tuning_steps=3, smoothing=0.5, float_inputs=2)
+    assert given.in_effect() == settings(bits=4, smoothing=0.0)
+    gptq_keeps = settings(bits=4, algorithm="gptq", eight_bit_products=20, tuning_steps=3, smoothing=0.0)
+    assert gptq_keeps.in_effect() == gptq_keeps
+    dynamic_keeps = settings(dynamic=True, smoothing=0.5, float_inputs=2)
+    assert dynamic_keeps.in_effect() == dynamic_keeps
+
+
 def test_gptq_is_plain_rounding_by_the_best_scale_when_inputs_do_not_correlate() -> None:
     """The best of nine, from that of the value furthest from zero to 0.6 of it, tried one by one here."""
     weight = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
