@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 from pipeline import config, files
 from pipeline.provenance import provenance
-from pipeline.toolcall import compact
+from pipeline.toolcall import compact, copies
 from pipeline.toolcall.conversation import NONE, Request, parse_messages, parse_request
 from pipeline.toolcall.grammar import Grammar
 from pipeline.toolcall.prompt import request_text
 from pipeline.toolcall.requests import read_requests
 from pipeline.toolcall.slots import NAME, SLOT, Draw, Record, check_slots
-from pipeline.toolcall.tool import Tool, parse_tools
+from pipeline.toolcall.tool import Tool, find_tool, parse_tools
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,12 @@ def run(tools_file: Path, requests: Path, out: Path, report: Path, cfg: PrepareC
     ]
     require_grammars([(str(tools_file), tools), *((where, request.tools) for where, request in named)])
     require_readable(named)
+    if unsayable := [where for where, request in named if not can_be_said(request)]:
+        log.warning(
+            "%d right calls can never be made: an argument that is always a copy (x-copy) is not in the request: %s",
+            len(unsayable),
+            unsayable[:5],
+        )
     with files.whole_folder(out) as folder:
         for name, group in (made | hand).items():
             files.write_jsonl(folder / f"{name}.jsonl", (request.to_json() for request in group))
@@ -174,6 +180,17 @@ def require_readable(requests: Iterable[tuple[str, Request]]) -> None:
             text = compact.write(request.expected, request.tools, request_text(request.messages))
             if compact.read(text, request.tools) != request.expected:
                 raise ValueError(f"{where}: expected: the model cannot write this call: {text!r} is read as another")
+
+
+def can_be_said(request: Request) -> bool:
+    """Does the grammar allow its right call?"""
+    tool = find_tool(request.tools, request.expected.name) if request.expected else None
+    if request.expected is None or tool is None:
+        return True
+    properties, text = tool.parameters.get("properties", {}), request_text(request.messages)
+    return all(
+        copies.can_be_said(properties.get(name), value, text) for name, value in request.expected.arguments.items()
+    )
 
 
 def read_phrasings(folder: Path) -> list[Phrasing]:

@@ -130,6 +130,19 @@ def test_turns_of_an_agent_are_kept_and_stand_in_one_split(tmp_path: Path, caplo
     assert "own.jsonl: 1 of 61 requests dropped: the same conversation comes again" in caplog.text
 
 
+def test_calls_that_the_grammar_can_never_make_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = ["a.py"] * 19 + ["b.py"]
+    lines = [
+        {"id": f"{n}", "category": "Read", "messages": [{"role": "user", "content": f"Show a.py, {n}"}]}
+        | {"expected": {"name": "Read", "arguments": {"file_path": path}}}
+        for n, path in enumerate(paths)
+    ]
+    files.write_jsonl(tmp_path / "own.jsonl", lines)
+    run(ROOT / "data/tools.json", tmp_path / "own.jsonl", tmp_path / "out", tmp_path / "prepare.json", CFG)
+    assert "1 right calls can never be made" in caplog.text
+    assert "request 19" in caplog.text
+
+
 @pytest.mark.parametrize("field", ["id", "category", "messages", "expected"])
 def test_phrasing_without_a_field_is_named(tmp_path: Path, field: str) -> None:
     """Without id, messages or expected it was a KeyError that named nothing."""

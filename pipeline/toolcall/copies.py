@@ -79,6 +79,15 @@ def copied(schema: Any, value: Any, arguments: Mapping[str, Any], text: str) -> 
     return None
 
 
+def can_be_said(schema: Any, value: Any, text: str) -> bool:
+    """Not where only a copy may be said, and `text` has no such."""
+    kind = copy_of(schema)
+    if kind not in ("span", "path") or not isinstance(value, str) or _is_span(value, text):
+        return True
+    joined = ((value[:at], value[at + 1 :]) for at, letter in enumerate(value) if letter == "/" and kind == "path")
+    return any(all(_is_span(part, text) for part in parts) for parts in joined)
+
+
 def restored(schema: Any, copy: str, arguments: Mapping[str, Any]) -> Any:
     """The value for which `copied` gave `copy`, or None where it gave none such."""
     kind, form = copy_of(schema), form_of(schema)

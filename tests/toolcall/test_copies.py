@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.toolcall import compact
-from pipeline.toolcall.copies import copied
+from pipeline.toolcall.copies import can_be_said, copied
 from pipeline.toolcall.grammar import Grammar
 from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool, ToolCall, parse_tools
@@ -115,3 +115,19 @@ def test_unknown_copy_is_refused(schema: dict[str, Any], message: str) -> None:
 def test_value_of_another_type_is_no_copy(kind: str, value: object) -> None:
     """A client's history may hold any."""
     assert copied({"x-copy": kind}, value, {"offset": 1}, "lines 1 to 2.5 of None") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "can"),
+    [
+        ("span", "the budget", True),
+        ("span", "budgets", False),
+        ("span", "docs/api.md", False),
+        ("path", "docs/api.md", True),  # two spans with a slash between
+        ("path", "docs/v2/api.md", False),
+        ("text", "anything", True),
+        ("regex", "anything", True),
+    ],
+)
+def test_what_is_always_a_copy_can_be_said_only_where_it_stands(kind: str, value: str, can: bool) -> None:
+    assert can_be_said({"type": "string", "x-copy": kind}, value, "put the budget into api.md in docs") is can
