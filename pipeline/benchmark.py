@@ -10,10 +10,11 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,31 +90,18 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
     least_same = 0.0
     if gpu:
         least_same = cuda.require_evaluated(paths.reports / f"evaluate/cuda/{variant}.json", gpu.facts()["name"])
-    requests = [parse_request(value, (), where) for where, value in files.read_spread(requests_file, cfg.requests)]
-    random.Random(0).shuffle(requests)
+    some = [parse_request(value, (), where) for where, value in files.read_spread(requests_file, cfg.requests)]
+    random.Random(0).shuffle(some)
     held = variant in HELD or variant in cuda.HELD
     log.info("%s on %s", variant, device)
-
-    def alone_with_it() -> tuple[ToolCaller, float, list[Reply]]:
-        start = time.perf_counter()
-        caller = ToolCaller.load(folder, paths.tools, device, cfg.threads, techniques if held else PLAIN)
-        load_s = time.perf_counter() - start
-        for request in requests[: cfg.warmup_calls]:
-            ask(caller, request, cfg)
-        return caller, load_s, one_client(caller, requests, cfg)
-
+    load = partial(ToolCaller.load, folder, paths.tools, device, cfg.threads, techniques if held else PLAIN)
     # On a thread that ends: PyTorch's OpenMP has threads for each that called it, and while those of two live, on as
     # many processors, none waits awake: a call through the engine then took twice the time.
     with watched(gpu) as alone, ThreadPoolExecutor(1) as thread:
-        caller, load_s, made = thread.submit(alone_with_it).result()
+        caller, load_s, requests, made = thread.submit(one_client, load, some, cfg).result()
     peak_rss = peak_rss_bytes()  # before the model is loaded again
     together = cfg.together if held else 1
-    engine = Engine(
-        lambda: ToolCaller.load(folder, paths.tools, device, cfg.threads, caller.techniques, together),
-        max(cfg.concurrency),
-        caller.runtime.context_tokens,
-        together,
-    )
+    engine = Engine(partial(load, together=together), max(cfg.concurrency), caller.runtime.context_tokens, together)
     engine.wait_until_loaded()
     first = min(together, max(cfg.concurrency))
     many_clients(engine, requests[:first], first, cfg)  # what the first calls of a new runtime pay for
@@ -189,13 +177,29 @@ def ask(caller: ToolCaller, request: Request, cfg: BenchmarkConfig) -> Reply:
     return caller.reply(request.messages, request.tools, cfg.max_new_tokens)
 
 
-def one_client(caller: ToolCaller, requests: list[Request], cfg: BenchmarkConfig) -> list[Reply]:
-    """Whole passes, so that the percentiles of every variant are over the same requests."""
+def one_client(
+    load: Callable[[], ToolCaller], some: list[Request], cfg: BenchmarkConfig
+) -> tuple[ToolCaller, float, list[Request], list[Reply]]:
+    """The model, seconds to load it, the requests that fit its context, and the replies to them.
+
+    Whole passes, so that the percentiles of every variant are over the same requests. Raises ValueError where none of
+    them fits.
+    """
+    start = time.perf_counter()
+    caller = load()
+    load_s = time.perf_counter() - start
+    requests = [r for r in some if caller.fits(r.messages, r.tools, cfg.max_new_tokens)]
+    if not requests:
+        raise ValueError(
+            f"none of {len(some)} test requests fits the context of {caller.runtime.context_tokens} tokens"
+        )
+    for request in requests[: cfg.warmup_calls]:
+        ask(caller, request, cfg)
     made: list[Reply] = []
     start = time.perf_counter()
     while not made or time.perf_counter() - start < cfg.min_s:
         made += [ask(caller, request, cfg) for request in requests]
-    return made
+    return caller, load_s, requests, made
 
 
 def harness_call_s(caller: ToolCaller, request: Request, cfg: BenchmarkConfig) -> float:

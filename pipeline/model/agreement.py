@@ -67,20 +67,26 @@ def feed(
 
 
 def parity(tuned: Path, exported: Path, requests: Sequence[Request], max_new_tokens: int) -> dict[str, float]:
-    """Largest difference of a logit, and share of equal greedy replies, against PyTorch."""
+    """Largest difference of a logit, and share of equal greedy replies, against PyTorch, of requests that fit the
+    context. Raises ValueError where none does.
+    """
     from pipeline.runtime.caller import ToolCaller, load_runtime
     from pipeline.runtime.generation import PLAIN
 
     tokenizer = Tokenizer(tuned)
-    rows = texts(tokenizer, requests)
+    callers = [
+        ToolCaller(load_runtime(folder, "cpu", torch.get_num_threads()), tokenizer, (), PLAIN)
+        for folder in (tuned, exported)
+    ]
+    fitting = [r for r in requests if all(caller.fits(r.messages, r.tools, max_new_tokens) for caller in callers)]
+    if not fitting:
+        raise ValueError(f"{exported}: none of {len(requests)} test requests to compare on fits its context")
+    rows = texts(tokenizer, fitting)
     pairs = zip(pytorch_logits(tuned, rows), logits(exported, rows), strict=True)
     difference = max(float(np.abs(one - other).max()) for one, other in pairs)
-    replies = []
-    for folder in (tuned, exported):
-        caller = ToolCaller(load_runtime(folder, "cpu", torch.get_num_threads()), tokenizer, (), PLAIN)
-        replies.append([caller.reply(r.messages, r.tools, max_new_tokens).text for r in requests])
+    replies = [[caller.reply(r.messages, r.tools, max_new_tokens).text for r in fitting] for caller in callers]
     same = sum(one == other for one, other in zip(*replies, strict=True))
-    return {"max_logit_difference": difference, "same_reply_fraction": same / len(requests)}
+    return {"max_logit_difference": difference, "same_reply_fraction": same / len(fitting)}
 
 
 def closeness(reference: Path, other: Path, requests: Sequence[Request]) -> dict[str, float]:

@@ -157,6 +157,14 @@ class ToolCaller:
             )
         return prefix, asked
 
+    def fits(self, messages: Sequence[Message], tools: tuple[Tool, ...], max_new_tokens: int) -> bool:
+        """Does the request with its reply fit the model's context?"""
+        try:
+            self.encode(messages, tools, max_new_tokens)
+        except TooLongError:
+            return False
+        return True
+
     def _grammar(self, tools: tuple[Tool, ...]) -> Grammar | None:
         if not self.techniques.grammar or not tools:
             return None
