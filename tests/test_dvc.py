@@ -91,6 +91,6 @@ def test_every_section_of_params_is_read_by_a_stage_or_a_program() -> None:
     assert (
         params
         - {"defaults", "hydra", "paths", "variant", "sweep", "release", "serve", "ray", "mcp", "load_test", "peers"}
-        - {"growth", "learning_curve"}
+        - {"growth", "learning_curve", "score"}
         == read
     )
