@@ -2,6 +2,8 @@
 
 Reads the variant's model and data/prepared/test.jsonl; writes reports/evaluate/{variant}.json and
 the replies beside it. Any requests file can be scored: evaluate.requests=FILE.jsonl evaluate.out=FILE.json.
+Requests that come later in a conversation are scored apart, too: those in the file, and those of FILE-later.jsonl
+where it exists, as test-later.jsonl does.
 With evaluate.device=cuda: the models of bench/cuda.py and reports/evaluate/cuda/{variant}.json, which is only
 written where the replies are the CPU's.
 """
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 from pipeline import config, files
 from pipeline.bench import cuda
-from pipeline.bench.accuracy import Answer, measures, row
+from pipeline.bench.accuracy import Answer, measures, row, summary
 from pipeline.bench.inputs import inputs_sha256
 from pipeline.bench.statistics import mcnemar_p
 from pipeline.provenance import provenance
@@ -30,7 +32,7 @@ from pipeline.toolcall import score
 from pipeline.toolcall.conversation import Request
 from pipeline.toolcall.keyword import keyword_call, parse_rules
 from pipeline.toolcall.requests import read_requests
-from pipeline.toolcall.tool import find_tool, parse_tools
+from pipeline.toolcall.tool import Tool, find_tool, parse_tools
 
 log = logging.getLogger(__name__)
 
@@ -83,43 +85,82 @@ class Params:
 def run(paths: config.Paths, out: Path, variant: str, techniques: Techniques, cfg: EvaluateConfig) -> dict[str, Any]:
     tools = parse_tools(files.read_json(paths.tools), str(paths.tools))
     requests = read_requests(cfg.requests, tools, cfg.base_requests if variant == BASE else None)
-    log.info("%s: %d requests", variant, len(requests))
+    every = [*requests, *([] if variant == BASE else read_later(cfg.requests, tools, requests))]
+    log.info("%s: %d requests", variant, len(every))
     use = techniques if variant in HELD or variant in cuda.HELD else PLAIN
-    made = answers(paths, variant, requests, use, cfg)
-    replies_file = out.with_suffix(".replies.jsonl")
-    gate = {}
+    made = answers(paths, variant, every, use, cfg)
+    metrics: dict[str, Any] = {"variant": variant}
     if cfg.device == "cuda":
-        on_cpu = answers(paths, variant, requests, use, cfg, on_cpu=True)
-        same = cuda.same_reply_fraction([answer.text for answer in made], [answer.text for answer in on_cpu])
-        gate = {
-            "device": cfg.device,
-            "gpu": gpu_name(),
-            "same_reply_fraction_vs_cpu": same,
-            "min_same_reply_fraction": cfg.min_same_reply_fraction,
-            "withheld": same < cfg.min_same_reply_fraction,
-        }
-        if gate["withheld"]:  # the share alone is left, and nothing of an earlier run, which may have passed
-            replies_file.unlink(missing_ok=True)
-            files.write_json(out, {"variant": variant, **gate, "provenance": provenance((techniques, cfg))})
-        cuda.require_parity(variant, same, cfg.min_same_reply_fraction)
-    rows = [row(request, answer) for request, answer in zip(requests, made, strict=True)]
-    too_long = [found for found, answer in zip(rows, made, strict=True) if answer is TOO_LONG]
-    for found in too_long:
-        found["outcome"] = score.Outcome.MALFORMED  # also where no call is right
-    metrics = {"variant": variant, **gate, **measures(requests, rows)}
+        on_cpu = answers(paths, variant, every, use, cfg, on_cpu=True)
+        metrics |= parity(out, variant, (made, on_cpu), (techniques, cfg))
+    rows, too_long = score_all(every, made)
+    reference, precision = (cuda.REFERENCE, "fp16") if cfg.device == "cuda" else (REFERENCE, "fp32")
+    metrics |= measures(requests, rows[: len(requests)])
+    later = [(request, found) for request, found in zip(every, rows, strict=True) if len(request.messages) > 1]
+    if later:
+        metrics["later"] = summary(*zip(*later, strict=True))
     if too_long:
         metrics["too_long"] = len(too_long)
-        log.warning("%s: requests that do not fit the context: %s", variant, [found["id"] for found in too_long])
-    reference, precision = (cuda.REFERENCE, "fp16") if cfg.device == "cuda" else (REFERENCE, "fp32")
+        log.warning("%s: requests that do not fit the context: %s", variant, too_long)
     if variant == reference:
         metrics["different_from_torch"] = different(out.with_name("torch-fp32.replies.jsonl"), rows)
     if variant in ("int8", "int4"):
-        metrics[f"mcnemar_p_vs_{precision}"] = compare(out.with_name(f"{reference}.replies.jsonl"), rows)
-    files.write_jsonl(replies_file, rows)
-    origin = provenance((techniques, cfg)) | {"inputs_sha256": inputs_sha256(cfg.requests, folder(paths, variant, cfg))}
-    files.write_json(out, metrics | {"provenance": origin})
+        key, other = f"mcnemar_p_vs_{precision}", out.with_name(f"{reference}.replies.jsonl")
+        metrics[key] = compare(other, rows[: len(requests)])
+        if later:
+            metrics["later"][key] = compare(other, [found for _, found in later])
+    files.write_jsonl(out.with_suffix(".replies.jsonl"), rows)
+    inputs = inputs_sha256(cfg.requests, folder(paths, variant, cfg))
+    if beside(cfg.requests).exists():
+        inputs["later"] = files.sha256(beside(cfg.requests))
+    files.write_json(out, metrics | {"provenance": provenance((techniques, cfg)) | {"inputs_sha256": inputs}})
     log.info("%s: %.1f%% exact", variant, 100 * metrics["exact_call_fraction"])
     return metrics
+
+
+def beside(path: Path) -> Path:
+    return path.with_stem(f"{path.stem}-later")
+
+
+def read_later(path: Path, tools: tuple[Tool, ...], requests: Sequence[Request]) -> list[Request]:
+    """Of the file beside `path`; none where it is missing or empty. Raises ValueError for an id of `requests`."""
+    more = beside(path)
+    later = read_requests(more, tools) if more.exists() and more.stat().st_size else []
+    if twins := {request.id for request in later} & {request.id for request in requests}:
+        raise ValueError(f"{more}: id: {sorted(twins)[0]!r} stands in {path}, too")
+    return later
+
+
+def score_all(requests: Sequence[Request], made: Sequence[Answer]) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row a request, and the ids of those that do not fit the context: malformed, also where no call is right."""
+    rows = [row(request, answer) for request, answer in zip(requests, made, strict=True)]
+    too_long = [found for found, answer in zip(rows, made, strict=True) if answer is TOO_LONG]
+    for found in too_long:
+        found["outcome"] = score.Outcome.MALFORMED
+    return rows, [found["id"] for found in too_long]
+
+
+def parity(
+    out: Path,
+    variant: str,
+    made: tuple[Sequence[Answer], Sequence[Answer]],
+    settings: tuple[Techniques, EvaluateConfig],
+) -> dict[str, Any]:
+    """`made`: on the GPU and on the CPU. Raises RuntimeError where too few are the same."""
+    least = settings[1].min_same_reply_fraction
+    same = cuda.same_reply_fraction(*([answer.text for answer in side] for side in made))
+    gate = {
+        "device": "cuda",
+        "gpu": gpu_name(),
+        "same_reply_fraction_vs_cpu": same,
+        "min_same_reply_fraction": least,
+        "withheld": same < least,
+    }
+    if gate["withheld"]:  # the share alone is left, and nothing of an earlier run, which may have passed
+        out.with_suffix(".replies.jsonl").unlink(missing_ok=True)
+        files.write_json(out, {"variant": variant, **gate, "provenance": provenance(settings)})
+    cuda.require_parity(variant, same, least)
+    return gate
 
 
 def gpu_name() -> str:
@@ -197,7 +238,7 @@ def compare(reference: Path, rows: Sequence[dict[str, Any]]) -> float | None:
     if not reference.exists():
         return None
     other = {found["id"]: found for _, found in files.read_jsonl(reference)}
-    if other.keys() != {row["id"] for row in rows}:
+    if not {row["id"] for row in rows} <= other.keys():
         return None
     exact = score.Outcome.EXACT
     return mcnemar_p([other[row["id"]]["outcome"] == exact for row in rows], [row["outcome"] == exact for row in rows])

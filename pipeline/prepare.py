@@ -1,8 +1,8 @@
 """Stage `prepare`: make training requests from phrasings, and check those written by hand.
 
-Reads data/tools.json and data/requests; writes {train,validation,test,validation-hand}.jsonl in
-data/prepared and reports/prepare.json. Where paths.requests is one file, a user's own, it is split instead.
-What a later stage would refuse is refused here.
+Reads data/tools.json and data/requests; writes {train,validation,test,test-later,validation-hand,
+validation-later}.jsonl in data/prepared and reports/prepare.json. Where paths.requests is one file, a user's own, it is
+split instead. What a later stage would refuse is refused here.
 """
 
 import json
@@ -10,7 +10,7 @@ import logging
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -27,6 +27,7 @@ from pipeline.toolcall import compact, copies
 from pipeline.toolcall.conversation import NONE, Request, parse_messages, parse_request
 from pipeline.toolcall.grammar import Grammar
 from pipeline.toolcall.prompt import request_text
+from pipeline.toolcall.reply import parse_call
 from pipeline.toolcall.requests import read_requests
 from pipeline.toolcall.slots import NAME, SLOT, Draw, Record, check_slots
 from pipeline.toolcall.tool import Tool, find_tool, parse_tools
@@ -34,6 +35,7 @@ from pipeline.toolcall.tool import Tool, find_tool, parse_tools
 log = logging.getLogger(__name__)
 
 HAND_WRITTEN = ("test", "validation-hand")
+LATER = ("test-later", "validation-later")  # by hand too; a folder may lack them, and then they are empty
 OWN_FRACTIONS = {"test": 0.2, "validation-hand": 0.1}  # of a single file of requests
 VARIATIONS = 3  # per tool that is called
 MISSPELT = 3  # words of a request, at most
@@ -48,6 +50,8 @@ class PrepareConfig:
     validation_fraction: float  # of the phrasings
     none_fraction: float  # of the requests: those that no call answers
     foreign_fraction: float  # of the requests: those with tools of their own
+    later_fraction: float  # of the requests: those that come later in a conversation and need what was said
+    history_fraction: float  # of the others: those that come later, but have nothing to do with what was said
     varied_tools_fraction: float  # of the others: tools in another order, some left out
     frame_fraction: float  # of the requests: with a greeting or context around
     noise_fraction: float  # of the requests: misspelt, in lower case or without marks, outside the slots
@@ -55,7 +59,7 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         config.require_range("prepare.requests", self.requests, 20, 10_000_000)
         config.require_range("prepare.validation_fraction", self.validation_fraction, 0.01, 0.5)
-        for name in ("none", "foreign", "varied_tools", "frame", "noise"):
+        for name in ("none", "foreign", "later", "history", "varied_tools", "frame", "noise"):
             config.require_range(f"prepare.{name}_fraction", getattr(self, f"{name}_fraction"), 0, 1)
 
 
@@ -97,7 +101,7 @@ def run(tools_file: Path, requests: Path, out: Path, report: Path, cfg: PrepareC
         "requests": {name: len(group) for name, group in (made | hand).items()},
         "train_by_category": dict(Counter(request.category for request in made["train"]).most_common(7)),
         **counts,
-        "overlap": _overlap(made | hand, _conversation if requests.is_file() else _text),
+        "overlap": _overlap(made | hand),
     }
     files.write_json(report, metrics | {"provenance": provenance(cfg)})
     log.info("%s requests in %s", metrics["requests"], out)
@@ -105,18 +109,22 @@ def run(tools_file: Path, requests: Path, out: Path, report: Path, cfg: PrepareC
 
 
 Splits = dict[str, list[Request]]
+Conversation = tuple[tuple[str, str], ...]  # roles and texts, in lower case
 
 
 def make_splits(
     folder: Path, tools: tuple[Tool, ...], cfg: PrepareConfig
 ) -> tuple[Splits, Splits, dict[str, dict[str, int]]]:
     """What is made from phrasings, what was written by hand, and how many phrasings went where."""
-    hand = {name: read_requests(folder / f"{name}.jsonl", tools) for name in HAND_WRITTEN}
+    hand: Splits = {}
+    for name in (*HAND_WRITTEN, *LATER):
+        file = folder / f"{name}.jsonl"
+        hand[name] = [] if name in LATER and not file.exists() else read_requests(file, tools)
     slots = read_slots(folder / "slots")
     phrasings = read_phrasings(folder / "train")
     rng = random.Random(cfg.seed)
     held_out, kept = split(phrasings, cfg.validation_fraction, rng)
-    taken = {_text(request) for group in hand.values() for request in group}
+    taken = {conversation_of(request) for group in hand.values() for request in group}
     n_validation = round(cfg.requests * cfg.validation_fraction)
     made = {
         "train": make(kept, slots, tools, cfg, (cfg.requests - n_validation, rng, taken)),
@@ -130,10 +138,11 @@ def split_own(
 ) -> tuple[Splits, Splits, dict[str, dict[str, int]]]:
     """A user's requests in four parts, by chance; a conversation that comes again is dropped and counted.
 
-    An agent logs each turn with all before it: those that begin with the same message of the user stay together.
+    An agent logs each turn with all before it: those that begin with the same message of the user stay together. All
+    stand in test and validation-hand, whatever came before them, and the files of later ones are empty.
     Raises ValueError where they are too few to give each part one.
     """
-    different = {_conversation(request): request for request in requests}
+    different = {conversation_of(request): request for request in requests}
     if dropped := len(requests) - len(different):
         log.warning("%s: %d of %d requests dropped: the same conversation comes again", path, dropped, len(requests))
     begun: dict[tuple[str, str], list[Request]] = {}
@@ -156,7 +165,7 @@ def split_own(
             f"leave these parts empty: {empty}"
         )
     made, hand = ({name: parts[name] for name in names} for names in (("train", "validation"), HAND_WRITTEN))
-    return made, hand, {"own_requests": {"read": len(requests), "dropped": dropped}}
+    return made, hand | {name: [] for name in LATER}, {"own_requests": {"read": len(requests), "dropped": dropped}}
 
 
 def require_grammars(lists: Iterable[tuple[str, Sequence[Tool]]]) -> None:
@@ -249,11 +258,16 @@ def make(
     slots: dict[str, list[Record]],
     tools: tuple[Tool, ...],
     cfg: PrepareConfig,
-    quota: tuple[int, random.Random, set[str]],
+    quota: tuple[int, random.Random, set[Conversation]],
 ) -> list[Request]:
-    """`quota`: how many, the generator, and the texts that are taken and may not come again (added to)."""
+    """`quota`: how many, the generator, and the conversations that are taken and may not come again (added to).
+
+    What is taken as a single request may not end a conversation either.
+    """
     n, rng, taken = quota
+    single = frozenset(taken)
     kinds = _by_kind(phrasings)
+    done = [phrasing for phrasing in kinds.get("later", []) if phrasing.value["expected"] is None]
     names = sorted(kinds)
     weights = _weights(kinds, cfg)
     turns = {name: _endless(kinds[name], rng) for name in names}
@@ -266,9 +280,13 @@ def make(
                 raise ValueError(f"only {len(requests)} of {n} requests differ: more phrasings or slots are needed")
             phrasing = next(turns[rng.choices(names, weights)[0]])
             request = fill(phrasing, slots, tools, cfg, (len(requests), rng))
-            if _text(request) in taken:
+            if done and len(request.messages) == 1 and request.tools == tools and rng.random() < cfg.history_fraction:
+                before = fill(rng.choice(done), slots, tools, cfg, (len(requests), rng))
+                answer = {"role": "assistant", "content": str(before.reply)}
+                request = replace(request, messages=(*before.messages, answer, *request.messages))
+            if conversation_of(request) in taken or conversation_of(request)[-1:] in single:
                 continue
-            taken.add(_text(request))
+            taken.add(conversation_of(request))
             requests.append(request)
             progress.update()
     return requests
@@ -282,7 +300,7 @@ def _endless(phrasings: list[Phrasing], rng: random.Random) -> Iterator[Phrasing
 
 def _weights(kinds: dict[str, list[Phrasing]], cfg: PrepareConfig) -> list[float]:
     """In the order of the names. A tool with sixteen times the phrasings of another has eight times its requests."""
-    fixed = {NONE: cfg.none_fraction, "foreign": cfg.foreign_fraction}
+    fixed = {NONE: cfg.none_fraction, "foreign": cfg.foreign_fraction, "later": cfg.later_fraction}
     calls = {name: len(group) ** 0.75 for name, group in kinds.items() if name not in fixed}
     left = 1 - sum(fixed[name] for name in kinds if name in fixed)
     return [fixed.get(name, left * calls.get(name, 0) / max(1, sum(calls.values()))) for name in sorted(kinds)]
@@ -369,7 +387,7 @@ def _misspell(word: str, rng: random.Random) -> str:
 
 
 def vary_tools(request: Request, rng: random.Random) -> tuple[Tool, ...]:
-    """Another order; and where a call is right, some of the other tools left out.
+    """Another order; and where a call is right, some of the tools left out that neither it nor an earlier one needs.
 
     One of VARIATIONS ways, so that training finds enough requests with the same tools to share their prefix.
     """
@@ -378,7 +396,9 @@ def vary_tools(request: Request, rng: random.Random) -> tuple[Tool, ...]:
     rng.shuffle(tools)
     if request.expected is None:
         return tuple(tools)
-    others = [tool for tool in tools if tool.name != request.expected.name]
+    earlier = (parse_call(said["content"]) for said in request.messages if said["role"] == "assistant")
+    needed = {request.expected.name, *(call.name for call in earlier if call)}
+    others = [tool for tool in tools if tool.name not in needed]
     left_out = {tool.name for tool in others[: rng.randrange(len(others))]} if others else set()
     return tuple(tool for tool in tools if tool.name not in left_out)
 
@@ -386,22 +406,22 @@ def vary_tools(request: Request, rng: random.Random) -> tuple[Tool, ...]:
 def _by_kind(phrasings: list[Phrasing]) -> dict[str, list[Phrasing]]:
     kinds: dict[str, list[Phrasing]] = {}
     for phrasing in phrasings:
-        kind = "foreign" if "tools" in phrasing.value else phrasing.value["category"]
+        kind = phrasing.value["category"]
+        if len(phrasing.value["messages"]) > 1:
+            kind = "later"
+        if "tools" in phrasing.value:
+            kind = "foreign"
         kinds.setdefault(kind, []).append(phrasing)
     return kinds
 
 
-def _text(request: Request) -> str:
-    return request.messages[-1]["content"].strip().lower()
-
-
-def _conversation(request: Request) -> tuple[tuple[str, str], ...]:
+def conversation_of(request: Request) -> Conversation:
     return tuple((message["role"], message["content"].strip().lower()) for message in request.messages)
 
 
-def _overlap(groups: Splits, key: Callable[[Request], Hashable]) -> int:
-    """Requests, by `key`, that stand in more than one split."""
-    found = Counter(chain(*({key(request) for request in group} for group in groups.values())))
+def _overlap(groups: Splits) -> int:
+    """Conversations that stand in more than one split."""
+    found = Counter(chain(*({conversation_of(request) for request in group} for group in groups.values())))
     return sum(1 for count in found.values() if count > 1)
 
 

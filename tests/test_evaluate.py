@@ -26,7 +26,8 @@ def score(paths: config.Paths, variant: str, *lines: dict[str, Any]) -> dict[str
     cfg = config.load(raw, Params).evaluate  # type: ignore[arg-type]
     cfg.requests = paths.reports / "own.jsonl"
     files.write_jsonl(cfg.requests, lines)
-    return run(paths, paths.reports / f"{variant}.json", variant, ALL, cfg)
+    out = paths.reports / f"{variant}.json"
+    return run(paths, out, variant, ALL, cfg) | {"provenance": files.read_json(out)["provenance"]}
 
 
 def asked(text: str, file: str | None = None, **more: Any) -> dict[str, Any]:
@@ -82,3 +83,31 @@ def test_a_request_that_does_not_fit_the_context_is_wrong(
     assert [(row["outcome"], row["confidence"]) for row in rows[::2]] == [("malformed", 0.0)] * 2
     assert "do not fit the context: ['chat xxxxxxxxxxxxxxx', 'show xxxxxxxxxxxxxxx']" in caplog.text
     assert "too_long" not in score(paths, variant, asked("show a.py", "a.py"))
+
+
+def opened(text: str, file: str) -> dict[str, Any]:
+    call = json.dumps({"name": "Read", "arguments": {"file_path": "old.py"}})
+    before = [
+        {"role": "user", "content": "show old.py"},
+        {"role": "assistant", "content": f"<tool_call>{call}</tool_call>"},
+        {"role": "tool", "content": "1\tx = 1"},
+        {"role": "assistant", "content": "One line."},
+    ]
+    value = asked(text, file)
+    return value | {"messages": [*before, *value["messages"]]}
+
+
+def test_requests_later_in_a_conversation_are_scored_apart(paths: config.Paths) -> None:
+    files.write_json(paths.keywords, [RULE])
+    files.write_jsonl(paths.reports / "own-later.jsonl", [opened("show c.py", "c.py"), opened("and d.py", "d.py")])
+    found = score(paths, "keyword", asked("show a.py", "a.py"), opened("show b.py", "b.py"))
+    assert (found["n"], found["exact_call_fraction"]) == (2, 1.0)
+    assert (found["later"]["n"], found["later"]["exact_call_fraction"]) == (3, 2 / 3)  # b.py, c.py and not d.py
+    rows = [row for _, row in files.read_jsonl(paths.reports / "keyword.replies.jsonl")]
+    assert [row["id"] for row in rows] == ["show a.py", "show b.py", "show c.py", "and d.py"]
+    assert rows[2]["request"].startswith("user: show old.py\nassistant: <tool_call>")
+    assert "later" in found["provenance"]["inputs_sha256"]
+    with pytest.raises(ValueError, match=r"own-later\.jsonl: id: 'show c\.py' stands in .*own\.jsonl, too"):
+        score(paths, "keyword", asked("show c.py", "c.py"))
+    files.write_jsonl(paths.reports / "own-later.jsonl", [])
+    assert "later" not in score(paths, "keyword", asked("show a.py", "a.py"))

@@ -9,11 +9,25 @@ from typing import Any
 import pytest
 
 from pipeline import files
-from pipeline.prepare import Phrasing, PrepareConfig, add_noise, make, read_phrasings, read_slots, run, split, words
+from pipeline.prepare import (
+    Phrasing,
+    PrepareConfig,
+    add_noise,
+    conversation_of,
+    make,
+    read_phrasings,
+    read_slots,
+    run,
+    split,
+    words,
+)
+from pipeline.toolcall.conversation import parse_request
 from pipeline.toolcall.tool import parse_tools
 
 ROOT = Path(__file__).parents[1]
-CFG = PrepareConfig(0, 400, 0.15, 0.2, 0.1, 0.2, 0.25, 0.15)
+CFG = PrepareConfig(0, 400, 0.15, 0.2, 0.1, 0.1, 0.1, 0.2, 0.25, 0.15)
+
+NO_LATER = {"test-later": 0, "validation-later": 0}
 
 
 def test_noise_leaves_slots_whole() -> None:
@@ -69,6 +83,32 @@ def test_a_tool_with_sixteen_times_the_phrasings_gets_eight_times_the_requests()
     assert 7 < Counter(r.category for r in made)["Bash"] / Counter(r.category for r in made)["Read"] < 9
 
 
+def test_some_requests_come_behind_what_has_nothing_to_do_with_them() -> None:
+    tools = parse_tools(files.read_json(ROOT / "data/tools.json"), "tools.json")
+    slots: dict[str, list[str | dict[str, Any]]] = {"n": [str(n) for n in range(10_000)]}
+    call = {"name": "Read", "arguments": {"file_path": "{{n}}"}}
+    first = {"role": "user", "content": "read {{n}}"}
+    shown = {"role": "assistant", "content": "<tool_call>" + json.dumps(call) + "</tool_call>"}
+    single = {"id": "a", "category": "Read", "messages": [first], "expected": call}
+    done = {"id": "b", "category": "none", "messages": [first, shown, {"role": "tool", "content": "ok"}]}
+    phrasings = [Phrasing("a:1", single), Phrasing("b:1", done | {"expected": None, "reply": "All of {{n}}."})]
+    cfg = replace(CFG, later_fraction=0.25, history_fraction=0.5, varied_tools_fraction=0)
+    test = parse_request(single | {"messages": [{"role": "user", "content": "read 7"}]}, tools, "test")
+    taken = {conversation_of(test)}
+    made = make(phrasings, slots, tools, cfg, (2000, random.Random(0), taken))
+    lengths = Counter(len(request.messages) for request in made)
+    # a quarter are later ones of their own (3 messages), half of the others have one of them and its answer before
+    assert 0.2 < lengths[3] / 2000 < 0.3
+    assert 0.33 < lengths[5] / 2000 < 0.42
+    behind = next(request for request in made if len(request.messages) == 5)
+    number = behind.messages[0]["content"].removeprefix("read ")
+    assert behind.messages[3] == {"role": "assistant", "content": f"All of {number}."}
+    assert behind.expected is not None
+    assert behind.messages[4]["content"] == f"read {behind.expected.arguments['file_path']}"
+    assert not any(request.messages[-1]["content"] == "read 7" for request in made)
+    assert len({conversation_of(request) for request in made}) == 2000
+
+
 def test_split_refuses_too_few_phrasings() -> None:
     with pytest.raises(ValueError, match="leave a part empty"):
         split([Phrasing("x:1", {"category": "Read"})], 0.15, random.Random(0))
@@ -76,19 +116,22 @@ def test_split_refuses_too_few_phrasings() -> None:
 
 def test_run_shares_no_text_between_splits(tmp_path: Path) -> None:
     metrics = run(ROOT / "data/tools.json", ROOT / "data/requests", tmp_path / "out", tmp_path / "prepare.json", CFG)
-    assert metrics["requests"] == {"train": 340, "validation": 60, "test": 420, "validation-hand": 280}
+    hand = {"test": 420, "test-later": 105, "validation-hand": 280, "validation-later": 105}
+    assert metrics["requests"] == {"train": 340, "validation": 60} | hand
     assert metrics["overlap"] == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "train.jsonl",
         "validation.jsonl",
         "test.jsonl",
+        "test-later.jsonl",
         "validation-hand.jsonl",
+        "validation-later.jsonl",
     }
 
 
 def test_setting_out_of_range_names_key_and_range() -> None:
     with pytest.raises(ValueError, match=r"prepare\.validation_fraction must lie in \[0.01, 0.5\], got 0.9"):
-        PrepareConfig(0, 400, 0.9, 0.2, 0.1, 0.2, 0.25, 0.15)
+        PrepareConfig(0, 400, 0.9, 0.2, 0.1, 0.1, 0.1, 0.2, 0.25, 0.15)
 
 
 def test_a_single_file_of_requests_is_split_without_overlap(tmp_path: Path) -> None:
@@ -96,7 +139,7 @@ def test_a_single_file_of_requests_is_split_without_overlap(tmp_path: Path) -> N
     lines = [line | {"id": str(n), "messages": [{"role": "user", "content": f"hi {n % 40}"}]} for n in range(50)]
     files.write_jsonl(tmp_path / "own.jsonl", lines)
     metrics = run(ROOT / "data/tools.json", tmp_path / "own.jsonl", tmp_path / "out", tmp_path / "prepare.json", CFG)
-    assert metrics["requests"] == {"train": 22, "validation": 6, "test": 8, "validation-hand": 4}
+    assert metrics["requests"] == {"train": 22, "validation": 6, "test": 8, "validation-hand": 4} | NO_LATER
     assert metrics["own_requests"] == {"read": 50, "dropped": 10}
     assert metrics["overlap"] == 0
     files.write_jsonl(tmp_path / "own.jsonl", lines[:3])
@@ -119,7 +162,7 @@ def test_turns_of_an_agent_are_kept_and_stand_in_one_split(tmp_path: Path, caplo
     files.write_jsonl(tmp_path / "own.jsonl", [*lines, lines[0]])
     metrics = run(ROOT / "data/tools.json", tmp_path / "own.jsonl", tmp_path / "out", tmp_path / "prepare.json", CFG)
     # 20 conversations: 4 to test, 2 to validation-hand, 3 to validation, 11 to train, of three requests each
-    assert metrics["requests"] == {"train": 33, "validation": 9, "test": 12, "validation-hand": 6}
+    assert metrics["requests"] == {"train": 33, "validation": 9, "test": 12, "validation-hand": 6} | NO_LATER
     assert metrics["own_requests"] == {"read": 61, "dropped": 1}
     assert metrics["overlap"] == 0
     begun = [

@@ -36,9 +36,15 @@ def row(request: Request, answer: Answer) -> dict[str, Any]:
         "called": replies.attempts_call(text),
         "changed": answer.changed,
         "confidence": answer.confidence,
-        "request": request.messages[-1]["content"],
+        "request": _shown(request),
         "reply": text,
     }
+
+
+def _shown(request: Request) -> str:
+    if len(request.messages) == 1:
+        return request.messages[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in request.messages)
 
 
 def measures(requests: Sequence[Request], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -70,6 +76,11 @@ def measures(requests: Sequence[Request], rows: Sequence[dict[str, Any]]) -> dic
         },
         "constraint_changed_fraction": _share(rows, "changed"),
     }
+
+
+def summary(requests: Sequence[Request], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The measures of a part of the requests, but for the long ones."""
+    return {name: value for name, value in measures(requests, rows).items() if name not in ("confusion", "calibration")}
 
 
 def confusion(requests: Sequence[Request], rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:

@@ -69,17 +69,32 @@ def accuracy(found: Found, chosen: str, pictures: Pictures) -> list[str]:
         table(tables.beside(found)),
         f"Where decoding left the likeliest next tokens as they are, {REFERENCE} and {BASELINE} differ on "
         f"{len(different)} of {scored[REFERENCE]['n']} replies{': ' if different else ''}{', '.join(different)}.",
-        *folded("By category: exact calls", table(tables.category(found), index=True)),
+        *folded("By category: exact calls", table(tables.category(scored), index=True)),
         *folded("By outcome: requests", table(tables.outcome(found), index=True)),
         *folded(
             f"Which tool {chosen} called; rows: the right one", table(tables.confusion(scored[chosen]), index=True)
         ),
+        *later(found),
         "### How far its confidence can be trusted",
         "The model says how sure it is of a call. First, how many are wrong if only the surest are kept; then, whether "
         "calls of a confidence are right as often as it says. Some confidences are rare, and say little: upright lines "
         f"are {chosen}'s 95% intervals.",
         f"{pictures['risk-coverage']} {pictures['reliability']}",
         *learning_section.markdown(found["learning"]),
+    ]
+
+
+def later(found: Found) -> list[str]:
+    scored = {name: one["later"] for name, one in found["evaluate"].items() if "later" in one}
+    if not scored:
+        return []
+    return [
+        "### Later in a conversation",
+        f"What agents do most: {scored[REFERENCE]['n']} other requests that come after calls and their results. They "
+        'go on with a task, refer back ("open the second one"), or have nothing to do with what was said. None of '
+        "them is in the figures above.",
+        table(tables.later(scored)),
+        *folded("By category: exact calls later in a conversation", table(tables.category(scored), index=True)),
     ]
 
 
@@ -202,8 +217,7 @@ def not_covered(found: Found) -> list[str]:
         "The default base's weights were in 4 bits before they got here, which flatters INT4's loss.",
         f"{hosted['model']} was not asked: that {hosted['assumed_exact_fraction']:.0%} of its calls are exact, and how "
         "many tokens they have, is assumed.",
-        f"Test requests are single messages of a user, in English, for {tools} tools: calls that depend on an earlier "
-        "tool's result are not scored.",
+        f"Test requests are in English, for {tools} tools. Speed is of those that are single messages of a user.",
         "The main tables are of one machine; growth and other runtimes name theirs. Others are faster or slower, and "
         "not all variants by the same factor.",
         "These tools and these requests. Others need training of their own, and have other figures.",

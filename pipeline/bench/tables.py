@@ -51,7 +51,8 @@ def figures(found: dict[str, Any], best: str) -> list[str]:
     usd, hosted_usd = cost["usd_per_thousand_calls"], hosted["usd_per_thousand_calls"]
     return [
         f"**{scored['exact_call_fraction']:.1%}** of the calls exact ({low:.1%} to {high:.1%}), {against}"
-        + (f" ({REFERENCE}; p = {p:.2f})" if p is not None else ""),
+        + (f" ({REFERENCE}; p = {p:.2f})" if p is not None else "")
+        + (f"; later in a conversation {scored['later']['exact_call_fraction']:.1%}" if "later" in scored else ""),
         f"**{p50_ms:.0f} ms** a call (p50), {slow_ms / p50_ms:.1f} times faster than {BASELINE} "
         f"({slow_ms:.0f} ms); p95 {1e3 * bench['call_s']['p95']:.0f} ms",
         f"**{megabytes:.0f} MB** on disk, {1 - megabytes / full_megabytes:.0%} less than full precision "
@@ -63,33 +64,56 @@ def figures(found: dict[str, Any], best: str) -> list[str]:
 
 
 def beside(found: dict[str, Any]) -> pd.DataFrame:
-    def percent(value: float | None) -> str:
-        return "" if value is None else f"{value:.1%}"
-
     return pd.DataFrame(
         [
             {
                 "variant": name,
-                "exact calls": percent(scored["exact_call_fraction"]),
-                "right tool": percent(scored["right_tool_fraction"]),
-                "valid calls": percent(scored["valid_call_fraction"]),
-                "calls where it must": percent(scored["must_call_fraction"]),
-                "abstains where it must": percent(scored["abstain_fraction"]),
-                "changed by decoding": percent(scored["constraint_changed_fraction"]),
-                "p against fp32": f"{scored['mcnemar_p_vs_fp32']:.3f}"
-                if scored.get("mcnemar_p_vs_fp32") is not None
-                else "",
+                "exact calls": _percent(scored["exact_call_fraction"]),
+                "right tool": _percent(scored["right_tool_fraction"]),
+                "valid calls": _percent(scored["valid_call_fraction"]),
+                "calls where it must": _percent(scored["must_call_fraction"]),
+                "abstains where it must": _percent(scored["abstain_fraction"]),
+                "changed by decoding": _percent(scored["constraint_changed_fraction"]),
+                "p against fp32": _p(scored),
             }
             for name, scored in found["evaluate"].items()
         ]
     )
 
 
-def category(found: dict[str, Any]) -> pd.DataFrame:
+def later(scored: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Of variants with a part "later": how right they are later in a conversation."""
+    return pd.DataFrame(
+        [
+            {
+                "variant": name,
+                "exact calls": "{:.1%} ({:.1%} to {:.1%})".format(
+                    part["exact_call_fraction"], *part["exact_call_ci95"]
+                ),
+                "right tool": _percent(part["right_tool_fraction"]),
+                "calls where it must": _percent(part["must_call_fraction"]),
+                "abstains where it must": _percent(part["abstain_fraction"]),
+                "p against fp32": _p(part),
+            }
+            for name, part in scored.items()
+        ]
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _p(scored: dict[str, Any]) -> str:
+    p = scored.get("mcnemar_p_vs_fp32")
+    return "" if p is None else f"{p:.3f}"
+
+
+def category(scored: dict[str, dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(
         {
-            name: {category: f"{hit['exact_call_fraction']:.0%}" for category, hit in scored["by_category"].items()}
-            for name, scored in found["evaluate"].items()
+            name: {category: f"{hit['exact_call_fraction']:.0%}" for category, hit in found["by_category"].items()}
+            for name, found in scored.items()
         }
     )
 

@@ -5,6 +5,7 @@ agent, so that its KV cache is computed once. Texts of users are encoded without
 `<|im_end|>` in a request is text.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from pipeline.toolcall.reply import OPENING, parse_call
 from pipeline.toolcall.tool import Tool
 
 START, END = "<|im_start|>", "<|im_end|>"
+
+_LINE_NUMBER = re.compile(r"^ *\d+[\t→]", re.MULTILINE)
 
 Tokenizer = Any  # a transformers tokenizer; this package imports nothing but the standard library
 
@@ -72,8 +75,11 @@ def request_tokens(tokenizer: Tokenizer, messages: Sequence[Message], tools: Seq
 
 
 def request_text(messages: Sequence[Message]) -> str:
-    """What arguments are copied from."""
-    return "\n".join(message["content"] for message in messages)
+    """What arguments are copied from: of files that were read, the lines without their numbers."""
+    return "\n".join(
+        _LINE_NUMBER.sub("", message["content"]) if message["role"] == "tool" else message["content"]
+        for message in messages
+    )
 
 
 def reply_tokens(tokenizer: Tokenizer, request: Request) -> list[int]:

@@ -11,6 +11,8 @@ TRIAL = {
     "kl_divergence": 0.0, "on_front": True,
 }  # fmt: skip
 
+KEY = "mcnemar_p_vs_fp32"
+
 
 def sweep(*rows: dict[str, Any]) -> str:
     return "\n".join(sections.sweeps({"int4": (pd.DataFrame([TRIAL | row for row in rows]), "Recommended: it.")}))
@@ -55,3 +57,15 @@ def test_layers_that_were_on_int4s_grid_before_training_are_named_as_a_limit() -
         text = sections.not_covered(found)[1]
         assert ("rounded to INT4's grid" in text) is named
         assert "for 2 tools" in text
+
+
+def test_requests_later_in_a_conversation_have_a_table_of_their_own() -> None:
+    part: dict[str, Any] = {"n": 105, "exact_call_fraction": 0.8, "exact_call_ci95": [0.7, 0.9]}
+    part |= {"right_tool_fraction": 0.9, "must_call_fraction": 1.0, "abstain_fraction": None, "by_category": {}}
+    found = {"evaluate": {"base": {}, "fused-fp32": {"later": part}, "int8": {"later": part | {KEY: 0.5}}}}
+    said = "\n".join(sections.later(found))
+    assert "105 other requests" in said
+    assert "80.0% (70.0% to 90.0%) | 90.0%        | 100.0%" in said
+    assert "0.500" in said
+    assert "base" not in said
+    assert sections.later({"evaluate": {"fused-fp32": {}}}) == []

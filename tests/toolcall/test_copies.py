@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pipeline.toolcall import compact
 from pipeline.toolcall.copies import can_be_said, copied
 from pipeline.toolcall.grammar import Grammar
+from pipeline.toolcall.prompt import request_text
 from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool, ToolCall, parse_tools
 
@@ -62,6 +63,11 @@ def test_what_can_be_copied_is_copied(
     if not guide.finished:  # it has where nothing else could follow
         guide.accept([tokenizer.eos_token_id])
     assert guide.finished
+
+
+def test_lines_of_a_file_that_was_read_are_copied_without_their_numbers() -> None:
+    read = {"role": "tool", "content": "  9\u2192a = 1\n 10\u2192b = 2\n 11\tc"}
+    assert request_text([{"role": "user", "content": "1\tx"}, read]) == "1\tx\na = 1\nb = 2\nc"
 
 
 @given(
