@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.toolcall import compact
 from pipeline.toolcall.conversation import Message, Request
 from pipeline.toolcall.copies import copy_of
-from pipeline.toolcall.reply import OPENING, parse_call
+from pipeline.toolcall.reply import parse_call
 from pipeline.toolcall.tool import Tool
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -23,13 +23,8 @@ Tokenizer = Any  # a transformers tokenizer; this package imports nothing but th
 
 
 def system_prompt(tools: Sequence[Tool]) -> str:
-    lines = [f"- {signature(tool)}: {tool.description}" for tool in tools]
-    return (
-        "You make tool calls. Tools:\n"
-        + "\n".join(lines)
-        + f"\nReply with {OPENING}NAME and a line `argument: value` or `argument = copy` each, or with plain text if "
-        "no tool fits or something is missing."
-    )
+    """The tools alone: how to reply is learnt, and instructions besides made training slower and no better."""
+    return "Tools:\n" + "\n".join(f"- {signature(tool)}: {tool.description}" for tool in tools)
 
 
 def signature(tool: Tool) -> str:
