@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 
 from pipeline import config, files
 from pipeline.bench import cuda
-from pipeline.bench.inputs import inputs_sha256
+from pipeline.bench.inputs import beside, inputs_sha256
 from pipeline.bench.load import serve
 from pipeline.bench.statistics import percentiles
 from pipeline.provenance import provenance
@@ -94,7 +94,9 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
     random.Random(0).shuffle(some)
     held = variant in HELD or variant in cuda.HELD
     log.info("%s on %s", variant, device)
-    load = partial(ToolCaller.load, folder, paths.tools, device, cfg.threads, techniques if held else PLAIN)
+    # The same requests come again and again: what is kept of conversations would answer all but the first of each.
+    use = replace(techniques, conversation_tokens=0) if held else PLAIN
+    load = partial(ToolCaller.load, folder, paths.tools, device, cfg.threads, use)
     # On a thread that ends: PyTorch's OpenMP has threads for each that called it, and while those of two live, on as
     # many processors, none waits awake: a call through the engine then took twice the time.
     with watched(gpu) as alone, ThreadPoolExecutor(1) as thread:
@@ -132,6 +134,7 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
         "harness_call_s": harness_call_s(caller, requests[0], cfg),
         "by_concurrency": by_concurrency,
         "ablation": ablation(caller, folder, device, requests, cfg) if held else [],
+        "later": later(caller, folder, device, beside(requests_file), techniques, cfg),
     }
     origin = provenance((techniques, cfg)) | {"inputs_sha256": inputs_sha256(requests_file, folder)}
     if gpu:
@@ -264,6 +267,40 @@ def ablation(
         }
         for name, replies in made.items()
     ]
+
+
+def later(
+    caller: ToolCaller, folder: Path, device: str, file: Path, techniques: Techniques, cfg: BenchmarkConfig
+) -> dict[str, Any] | None:
+    """The last call of a conversation whose earlier ones were just made: `kept` with the KV cache of these, where the
+    variant has it, `anew` without. None without such requests.
+    """
+    some = [parse_request(value, (), where) for where, value in files.read_spread(file, cfg.requests)]
+    requests = [r for r in some if caller.fits(r.messages, r.tools, cfg.max_new_tokens)]
+    if not requests:
+        return None
+    callers = {"anew": caller}
+    if device == "cpu" and caller.techniques != PLAIN and techniques.conversation_tokens:
+        runtime = load_runtime(folder, device, cfg.threads, conversation_tokens=techniques.conversation_tokens)
+        callers["kept"] = ToolCaller(runtime, caller.tokenizer, caller.tools, caller.techniques)
+    made: dict[str, list[Reply]] = {name: [] for name in callers}
+    for request in [requests[0], *requests]:
+        for name, one in callers.items():
+            for at, said in enumerate(request.messages):
+                if said["role"] == "assistant" and name == "kept":
+                    one.reply(request.messages[:at], request.tools, cfg.max_new_tokens)
+            made[name].append(ask(one, request, cfg))
+    return {
+        "requests": len(requests),
+        "mean_prompt_tokens": float(np.mean([reply.prompt_tokens for reply in made["anew"][1:]])),
+        **{
+            f"{name}_call_s": percentiles([reply.total_s for reply in replies[1:]])  # the first warms up
+            for name, replies in made.items()
+        },
+        "same_reply_fraction": float(np.mean([a.text == b.text for a, b in zip(*made.values(), strict=True)][1:]))
+        if "kept" in made
+        else None,
+    }
 
 
 def prefill_tokens_per_s(caller: ToolCaller) -> float:

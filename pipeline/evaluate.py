@@ -10,7 +10,7 @@ written where the replies are the CPU's.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pipeline import config, files
 from pipeline.bench import cuda
 from pipeline.bench.accuracy import Answer, measures, row, summary
-from pipeline.bench.inputs import inputs_sha256
+from pipeline.bench.inputs import beside, inputs_sha256
 from pipeline.bench.statistics import mcnemar_p
 from pipeline.provenance import provenance
 from pipeline.runtime.caller import ToolCaller, TooLongError
@@ -87,7 +87,8 @@ def run(paths: config.Paths, out: Path, variant: str, techniques: Techniques, cf
     requests = read_requests(cfg.requests, tools, cfg.base_requests if variant == BASE else None)
     every = [*requests, *([] if variant == BASE else read_later(cfg.requests, tools, requests))]
     log.info("%s: %d requests", variant, len(every))
-    use = techniques if variant in HELD or variant in cuda.HELD else PLAIN
+    # Each by itself: with int8 what an earlier request left in the KV cache would be rounded otherwise.
+    use = replace(techniques, conversation_tokens=0) if variant in HELD or variant in cuda.HELD else PLAIN
     made = answers(paths, variant, every, use, cfg)
     metrics: dict[str, Any] = {"variant": variant}
     if cfg.device == "cuda":
@@ -110,16 +111,10 @@ def run(paths: config.Paths, out: Path, variant: str, techniques: Techniques, cf
         if later:
             metrics["later"][key] = compare(other, [found for _, found in later])
     files.write_jsonl(out.with_suffix(".replies.jsonl"), rows)
-    inputs = inputs_sha256(cfg.requests, folder(paths, variant, cfg))
-    if beside(cfg.requests).exists():
-        inputs["later"] = files.sha256(beside(cfg.requests))
-    files.write_json(out, metrics | {"provenance": provenance((techniques, cfg)) | {"inputs_sha256": inputs}})
+    origin = provenance((techniques, cfg)) | {"inputs_sha256": inputs_sha256(cfg.requests, folder(paths, variant, cfg))}
+    files.write_json(out, metrics | {"provenance": origin})
     log.info("%s: %.1f%% exact", variant, 100 * metrics["exact_call_fraction"])
     return metrics
-
-
-def beside(path: Path) -> Path:
-    return path.with_stem(f"{path.stem}-later")
 
 
 def read_later(path: Path, tools: tuple[Tool, ...], requests: Sequence[Request]) -> list[Request]:

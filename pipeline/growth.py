@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -238,8 +238,10 @@ def answer_clients(folder: Path, params: Params) -> dict[str, Any]:
     """In a process of its own: calls one by one, of which it is counted what they ask of the model, then of clients."""
     paths, cfg, benchmark = params.paths, params.growth, params.benchmark
 
+    use = replace(params.techniques, conversation_tokens=0)  # the same requests come again and again
+
     def load(together: int) -> ToolCaller:
-        return ToolCaller.load(folder, paths.tools, "cpu", cfg.threads, params.techniques, together)
+        return ToolCaller.load(folder, paths.tools, "cpu", cfg.threads, use, together)
 
     rows = files.read_spread(paths.prepared / "test.jsonl", benchmark.requests)
     requests = [parse_request(value, (), where) for where, value in rows]

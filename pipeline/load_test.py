@@ -28,6 +28,7 @@ from omegaconf import DictConfig
 from pipeline import config, files
 from pipeline.provenance import provenance
 from pipeline.runtime.caller import ToolCaller
+from pipeline.runtime.generation import ALL
 from pipeline.serve import ServeConfig
 from pipeline.toolcall.conversation import Request, parse_request
 
@@ -62,8 +63,10 @@ class Served:
     def __init__(self, cfg: ServeConfig) -> None:
         self.url = f"http://127.0.0.1:{cfg.port}"
         start = time.perf_counter()
+        # The same requests come again and again: what is kept of conversations would answer them.
+        settings = [*overrides(cfg), "techniques.conversation_tokens=0"]
         self.process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "pipeline.serve", *overrides(cfg)], stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "pipeline.serve", *settings], stdout=subprocess.DEVNULL
         )
         while not self._ready():
             if self.process.poll() is not None:
@@ -116,7 +119,7 @@ def run(paths: config.Paths, report: Path, serve: ServeConfig, cfg: LoadTestConf
 def overhead_p50_s(paths: config.Paths, serve: ServeConfig, cfg: LoadTestConfig, requests: list[Request]) -> float:
     """Median, over requests, of what the server adds to the same call in this process, asked in turn."""
     some = requests[:: max(1, len(requests) // cfg.overhead_requests)][: cfg.overhead_requests]
-    caller = ToolCaller.load(serve.model, paths.tools, serve.device, serve.threads)
+    caller = ToolCaller.load(serve.model, paths.tools, serve.device, serve.threads, replace(ALL, conversation_tokens=0))
     served = Served(serve)
     added = []
     try:
@@ -189,7 +192,7 @@ async def endurance(served: Served, serve: ServeConfig, cfg: LoadTestConfig, req
         "requests": len(answers),
         "errors": sum(status != 200 for status, _ in answers),
         "calls_per_s": len(seconds) / cfg.endurance_s,
-        "reply_s": {"p50": float(np.median(seconds)), "p95": float(np.percentile(seconds, 95))},
+        "reply_s": {"p50": float(np.median(seconds)), "p95": float(np.percentile(seconds, 95))} if seconds else None,
         "rss_growth_fraction": rss[-1] / rss[0] - 1,
     }
 

@@ -88,6 +88,8 @@ def run(tools_file: Path, requests: Path, out: Path, report: Path, cfg: PrepareC
     ]
     require_grammars([(str(tools_file), tools), *((where, request.tools) for where, request in named)])
     require_readable(named)
+    if bare := [request.id for group in made.values() for request in group if not (request.expected or request.reply)]:
+        raise ValueError(f"{requests}: to train on requests without a right call, they need a reply: {bare[:5]}")
     if unsayable := [where for where, request in named if not can_be_said(request)]:
         log.warning(
             "%d right calls can never be made: an argument that is always a copy (x-copy) is not in the request: %s",

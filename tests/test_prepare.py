@@ -83,6 +83,15 @@ def test_a_tool_with_sixteen_times_the_phrasings_gets_eight_times_the_requests()
     assert 7 < Counter(r.category for r in made)["Bash"] / Counter(r.category for r in made)["Read"] < 9
 
 
+def test_requests_to_train_on_need_a_call_or_a_reply(tmp_path: Path) -> None:
+    """The training stopped at the first."""
+    line = {"id": "a", "category": "none", "messages": [{"role": "user", "content": "hi"}], "expected": None}
+    lines = [line | {"id": str(n), "messages": [{"role": "user", "content": f"hi {n}"}]} for n in range(50)]
+    files.write_jsonl(tmp_path / "own.jsonl", lines)
+    with pytest.raises(ValueError, match=r"own\.jsonl: to train on requests without a right call, they need a reply"):
+        run(ROOT / "data/tools.json", tmp_path / "own.jsonl", tmp_path / "out", tmp_path / "prepare.json", CFG)
+
+
 def test_some_requests_come_behind_what_has_nothing_to_do_with_them() -> None:
     tools = parse_tools(files.read_json(ROOT / "data/tools.json"), "tools.json")
     slots: dict[str, list[str | dict[str, Any]]] = {"n": [str(n) for n in range(10_000)]}
@@ -135,7 +144,7 @@ def test_setting_out_of_range_names_key_and_range() -> None:
 
 
 def test_a_single_file_of_requests_is_split_without_overlap(tmp_path: Path) -> None:
-    line = {"id": "a", "category": "none", "messages": [{"role": "user", "content": "hi"}], "expected": None}
+    line = {"category": "none", "messages": [{"role": "user", "content": "hi"}], "expected": None, "reply": "Hello."}
     lines = [line | {"id": str(n), "messages": [{"role": "user", "content": f"hi {n % 40}"}]} for n in range(50)]
     files.write_jsonl(tmp_path / "own.jsonl", lines)
     metrics = run(ROOT / "data/tools.json", tmp_path / "own.jsonl", tmp_path / "out", tmp_path / "prepare.json", CFG)

@@ -119,6 +119,16 @@ def speed(found: Found, pictures: Pictures) -> list[str]:
             f"round. {NOISE}",
             *folded("Of each variant: p50 of a whole call", table(tables.ablation(found), index=True)),
         ]
+    if late := {name: bench["later"] for name, bench in found["benchmark"].items() if bench.get("later")}:
+        one = late[REFERENCE]
+        parts += [
+            "### The next call of a conversation",
+            f"{one['requests']} of the requests that come later in a conversation, "
+            f"{one['mean_prompt_tokens']:.0f} tokens each, the calls before them just made. What these left in the KV "
+            "cache is kept (`techniques.conversation_tokens`), so that only what is new is computed. All other figures "
+            "are without: their requests come again and again, which would make them too good.",
+            table(tables.later_speed(late)),
+        ]
     if peers := found["peers"]:
         parts += [
             "### Beside other runtimes",
@@ -217,7 +227,7 @@ def not_covered(found: Found) -> list[str]:
         "The default base's weights were in 4 bits before they got here, which flatters INT4's loss.",
         f"{hosted['model']} was not asked: that {hosted['assumed_exact_fraction']:.0%} of its calls are exact, and how "
         "many tokens they have, is assumed.",
-        f"Test requests are in English, for {tools} tools. Speed is of those that are single messages of a user.",
+        f"Test requests are in English, for {tools} tools. A call is scored by itself, and no whole task.",
         "The main tables are of one machine; growth and other runtimes name theirs. Others are faster or slower, and "
         "not all variants by the same factor.",
         "These tools and these requests. Others need training of their own, and have other figures.",

@@ -100,6 +100,27 @@ def later(scored: dict[str, dict[str, Any]]) -> pd.DataFrame:
     )
 
 
+def later_speed(bench: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Of variants with a part "later": how long the last call of a conversation takes."""
+
+    def ms(times: dict[str, float] | None, rank: str) -> str:
+        return f"{1e3 * times[rank]:.0f}" if times else ""
+
+    return pd.DataFrame(
+        [
+            {
+                "variant": name,
+                "p50 ms": ms(part.get("kept_call_s"), "p50"),
+                "p95 ms": ms(part.get("kept_call_s"), "p95"),
+                "p50 ms, nothing kept": ms(part["anew_call_s"], "p50"),
+                "p95 ms, nothing kept": ms(part["anew_call_s"], "p95"),
+                "same replies": "" if part["same_reply_fraction"] is None else f"{part['same_reply_fraction']:.0%}",
+            }
+            for name, part in bench.items()
+        ]
+    )
+
+
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 

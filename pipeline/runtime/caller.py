@@ -88,7 +88,7 @@ class ToolCaller:
         found = parse_tools(files.read_json(Path(tools)), str(tools))
         if techniques.grammar:
             _ = tokenizer.vocabulary  # before the model, which then takes the memory that making it leaves
-        runtime = load_runtime(folder, device, threads, techniques.prefixes, together)
+        runtime = load_runtime(folder, device, threads, techniques.prefixes, together, techniques.conversation_tokens)
         return cls(runtime, tokenizer, found, techniques)
 
     def reply(
@@ -196,8 +196,16 @@ def _key(tools: tuple[Tool, ...]) -> str:
     return json.dumps([tool.to_json() for tool in tools])
 
 
-def load_runtime(folder: Path, device: str, threads: int, prefixes: int = PREFIXES, together: int = 1) -> Runtime:
-    """`prefixes`: how many are kept. `together`: how many requests at a time.
+def load_runtime(
+    folder: Path,
+    device: str,
+    threads: int,
+    prefixes: int = PREFIXES,
+    together: int = 1,
+    conversation_tokens: int = 0,
+) -> Runtime:
+    """`prefixes`: how many are kept. `together`: how many requests at a time. `conversation_tokens`: of earlier ones to
+    keep, where the runtime can.
 
     Raises FileNotFoundError where `folder` holds no model, ValueError where it cannot answer requests together or
     has no kernels on `device`.
@@ -207,7 +215,7 @@ def load_runtime(folder: Path, device: str, threads: int, prefixes: int = PREFIX
     if device == "cuda":
         _require_cuda_kernels(folder, settings)
     if together > 1:
-        return _load_together(folder, kind, device, threads, (prefixes, together))
+        return _load_together(folder, kind, device, threads, (prefixes, together, conversation_tokens))
     if kind == "PyTorch":
         from pipeline.runtime.pytorch import PytorchRuntime
 
@@ -224,11 +232,11 @@ def load_runtime(folder: Path, device: str, threads: int, prefixes: int = PREFIX
 
     if kind == "portable":
         return PortableRuntime(folder, device, threads, prefixes)
-    return FusedRuntime(folder, threads, prefixes)
+    return FusedRuntime(folder, threads, prefixes, conversation_tokens > 0)
 
 
-def _load_together(folder: Path, kind: str, device: str, threads: int, counts: tuple[int, int]) -> Runtime:
-    prefixes, rows = counts
+def _load_together(folder: Path, kind: str, device: str, threads: int, counts: tuple[int, int, int]) -> Runtime:
+    prefixes, rows, conversation_tokens = counts
     if kind == "cuda":
         from pipeline.runtime.cuda_rows import CudaRowsRuntime
 
@@ -237,7 +245,7 @@ def _load_together(folder: Path, kind: str, device: str, threads: int, counts: t
         raise ValueError(f"{folder}: only a fused model answers requests together, not one for {kind}")
     from pipeline.runtime.packed import PackedRuntime
 
-    return PackedRuntime(folder, threads, prefixes)
+    return PackedRuntime(folder, threads, prefixes, conversation_tokens)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

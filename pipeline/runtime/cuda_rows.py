@@ -49,7 +49,8 @@ class CudaRowsRuntime:
         self._rows = {}
         self._prefix = tuple(prefix)
 
-    def join(self) -> Row:
+    def join(self, asked: Sequence[int] = ()) -> Row:
+        del asked  # no conversations are kept
         free = set(range(len(self._prefixes))) - set(self._rows.values())
         at = min(free, key=lambda at: (self._prefixes[at] != self._prefix, at))
         if self._prefixes[at] != self._prefix:

@@ -37,6 +37,7 @@ class Techniques:
     """Section `techniques` of params.yaml; not frozen because OmegaConf fills it."""
 
     prefixes: int  # tool lists whose KV cache is kept; 0: it is computed for each request
+    conversation_tokens: int  # of the last requests, whose KV cache is kept for those that go on with them
     grammar: bool
     forced: bool  # append what the grammar forces in one step
     draft_tokens: int  # copied from the request per step, where its text goes on as the reply did; doubled while right
@@ -44,7 +45,7 @@ class Techniques:
     alternatives: int  # at most this many calls are tried beside the greedy one, where the model is unsure
 
     def __post_init__(self) -> None:
-        for name in ("prefixes", "draft_tokens", "guess_tokens", "alternatives"):
+        for name in ("prefixes", "conversation_tokens", "draft_tokens", "guess_tokens", "alternatives"):
             if getattr(self, name) < 0:
                 raise ValueError(f"techniques.{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("draft_tokens", "guess_tokens"):
@@ -55,8 +56,8 @@ class Techniques:
 
 
 PREFIXES = 8
-PLAIN = Techniques(PREFIXES, grammar=False, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0)
-ALL = Techniques(PREFIXES, grammar=True, forced=True, draft_tokens=4, guess_tokens=16, alternatives=4)
+PLAIN = Techniques(PREFIXES, 0, grammar=False, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0)
+ALL = Techniques(PREFIXES, 2048, grammar=True, forced=True, draft_tokens=4, guess_tokens=16, alternatives=4)
 SURE = math.log(0.98)  # a token that is likelier than that has no second choice worth trying
 
 
@@ -70,7 +71,7 @@ def ablations(use: Techniques) -> dict[str, Techniques]:
         "without guesses": replace(use, guess_tokens=0),
         "without alternatives": replace(use, alternatives=0),
         "without grammar": replace(use, grammar=False, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0),
-        "none": Techniques(0, grammar=False, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0),
+        "none": Techniques(0, 0, grammar=False, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0),
     }
 
 
@@ -112,6 +113,7 @@ class Row:
     """A request that is answered beside others."""
 
     places: list[int] = field(default_factory=list)  # of its tokens in the KV cache, in the order of their positions
+    tokens: list[int] = field(default_factory=list)  # those that the KV cache holds
 
 
 @runtime_checkable
@@ -121,8 +123,8 @@ class TogetherRuntime(Protocol):
     def has_room(self, prefix: int, own: Sequence[int]) -> bool:
         """Beside a prefix of so many tokens, for requests of so many each, their replies included?"""
 
-    def join(self) -> Row:
-        """A new request."""
+    def join(self, asked: Sequence[int] = ()) -> Row:
+        """A new request; `asked`: what it will be fed first, of which an earlier request may have left a beginning."""
 
     def leave(self, row: Row) -> None:
         """Its place is free at once."""

@@ -10,6 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from pipeline import files
+from pipeline.runtime.conversations import LEAST, shared
 from pipeline.runtime.generation import LONGEST_DRAFT, Ids
 from pipeline.runtime.prefixes import Prefixes
 from pipeline.runtime.recent import Recent
@@ -126,9 +127,10 @@ class FusedRuntime:
     """A graph with GroupQueryAttention on the CPU: one KV buffer a layer, bound as past and present, never copied.
 
     The prefix stays at the buffer's beginning from one request to the next; what it makes room for is kept beside it.
+    With `conversation` so does the last request: of one that goes on with it only what is new is computed.
     """
 
-    def __init__(self, folder: Path, threads: int, prefixes: int) -> None:
+    def __init__(self, folder: Path, threads: int, prefixes: int, conversation: bool = False) -> None:
         model, providers = str(folder / "model.onnx"), [PROVIDERS["cpu"]]
         self._session = onnxruntime.InferenceSession(model, lean_options(threads), providers=providers)
         buffer_tokens, self.context_tokens = lengths(folder)
@@ -141,15 +143,29 @@ class FusedRuntime:
             self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
         self._mask = np.ones((1, buffer_tokens), np.int64)
         self._prefixes = Prefixes(buffers, prefixes)
+        self._conversation = conversation
+        self._held: list[int] = []  # behind the prefix
+        self._new = True  # the next step is the first of a request
 
     def keeps(self, prefix: Sequence[int]) -> bool:
         return tuple(prefix) in self._prefixes
 
     def begin(self, prefix: Sequence[int]) -> None:
+        if tuple(prefix) != self._prefixes.current or not self._conversation:
+            self._held = []
+        self._new = True
         self._prefixes.begin(tuple(prefix), lambda new: self._extend(new, len(new), 1))
 
     def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
-        return self._extend(tokens, at + len(tokens), keep)
+        start, known = at - len(self._prefixes.current), 0
+        if self._new:
+            known = shared(self._held, tokens[:-keep])
+            known = known if known >= LEAST else 0
+        self._new = False
+        self._held = self._held[: start + known]  # stays so if what follows fails
+        logits = self._extend(tokens[known:], at + len(tokens), keep)
+        self._held += tokens[known:]
+        return logits
 
     def _extend(self, new: Sequence[int], length: int, keep: int) -> NDArray[np.float32]:
         """Logits (keep, vocabulary) after the last of `new`, which end at position `length`."""

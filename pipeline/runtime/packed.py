@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from pipeline.runtime.conversations import Conversations, shared
 from pipeline.runtime.generation import LONGEST_DRAFT, Row, Step
 from pipeline.runtime.ort import last_output, lean_options, lengths, past_inputs
 from pipeline.runtime.prefixes import Prefixes
@@ -23,7 +24,7 @@ CONTEXTS = 4  # that the requests may fill together: memory that no token has re
 
 
 class PackedRuntime:
-    def __init__(self, folder: Path, threads: int, prefixes: int) -> None:
+    def __init__(self, folder: Path, threads: int, prefixes: int, conversation_tokens: int = 0) -> None:
         self._session = _open(folder, threads)
         buffer_tokens, self.context_tokens = lengths(folder, CONTEXTS)
         self._binding = self._session.io_binding()
@@ -36,6 +37,7 @@ class PackedRuntime:
             self._buffers.append(buffer)
         self._mask = np.ones((1, buffer_tokens), np.int64)
         self._prefixes = Prefixes(self._buffers, prefixes)
+        self._conversations = Conversations(self._buffers, conversation_tokens)
         self.rows: list[Row] = []
 
     def keeps(self, prefix: Sequence[int]) -> bool:
@@ -53,11 +55,14 @@ class PackedRuntime:
         n = len(prefix)
         self._run(list(prefix), np.arange(n), np.zeros((n, n), np.float32), 1)
 
-    def join(self) -> Row:
-        self.rows.append(Row())
+    def join(self, asked: Sequence[int] = ()) -> Row:
+        used = self._close_gaps()
+        known = self._conversations.restore(self._prefixes.current, asked, used)
+        self.rows.append(Row(list(range(used, used + len(known))), known))
         return self.rows[-1]
 
     def leave(self, row: Row) -> None:
+        self._conversations.keep(self._prefixes.current, row.tokens, row.places[: len(row.tokens)])
         self.rows.remove(row)
 
     def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
@@ -68,11 +73,14 @@ class PackedRuntime:
 
     def step_together(self, steps: Sequence[tuple[Row, Step]]) -> list[NDArray[np.float32]]:
         begin = len(self._prefixes.current)
+        read: list[tuple[Row, int]] = []
         for row, step in steps:
-            del row.places[step.at - begin :]
+            at = step.at - begin
+            known = at + shared(row.tokens[at:], step.feed[:-1])
+            del row.places[known:], row.tokens[known:]
+            read += [(row, token) for token in step.feed[known - at : -1]]
         used = self._close_gaps()
         # What is only read comes first: the head's work is for the last ones alone.
-        read = [(row, token) for row, step in steps for token in step.feed[:-1]]
         asked = [(row, token) for row, step in steps for token in [step.feed[-1], *step.draft]]
         new = [*read, *asked]
         positions = np.empty(len(new), np.int64)
@@ -84,6 +92,8 @@ class PackedRuntime:
         for at, (row, _) in enumerate(new):
             bias[at, row.places] = 0
         logits = self._run([token for _, token in new], positions, bias, len(asked))
+        for row, token in new:
+            row.tokens.append(token)
         return np.split(logits, np.cumsum([step.keep for _, step in steps])[:-1])
 
     def _close_gaps(self) -> int:

@@ -146,8 +146,8 @@ def stop_reason(piece: Piece) -> str:
 
 def usage(piece: Piece) -> dict[str, int]:
     return {
-        "input_tokens": piece.prompt_tokens,
-        "cache_read_input_tokens": piece.prefix_tokens if piece.prefix_kept else 0,
+        "input_tokens": piece.prompt_tokens - piece.kept_tokens,
+        "cache_read_input_tokens": piece.cached_tokens,
         "cache_creation_input_tokens": 0 if piece.prefix_kept else piece.prefix_tokens,
         "output_tokens": piece.new_tokens,
     }

@@ -72,6 +72,12 @@ class Piece:
     last: bool = False
     changed: int = 0  # tokens that the model would not have chosen
     call: ToolCall | None = None  # of the last piece
+    kept_tokens: int = 0  # of the prompt: an earlier request of this conversation left their KV cache
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of prefix and prompt."""
+        return self.kept_tokens + (self.prefix_tokens if self.prefix_kept else 0)
 
     @property
     def may_be_call(self) -> bool:
@@ -109,6 +115,7 @@ class _Running:
     decoding: Decoding
     row: Row | None  # None: the runtime answers one request at a time
     tokens: list[Token]
+    kept_tokens: int = 0
     failed: bool = False
     sent_s: float = 0.0
 
@@ -141,7 +148,7 @@ class _Running:
         sizes = len(self.prompted.asked), len(self.prompted.prefix), self.prefix_kept, len(tokens)
         changed = sum(token.changed for token in tokens)
         call = caller.call(tokens, self.tools, self.job.asked.choice) if last else None
-        return Piece(text, *sizes, confidence, finished, last, changed, call)
+        return Piece(text, *sizes, confidence, finished, last, changed, call, self.kept_tokens)
 
 
 class Engine:
@@ -314,8 +321,9 @@ class Engine:
         decoding = caller.decoding(prompted, tools)
         if not running:
             runtime.begin(prompted.prefix)
-        row = runtime.join() if isinstance(runtime, TogetherRuntime) else None
-        running.append(_Running(job, tools, prompted, kept, decoding, row, list(decoding.opening)))
+        row = runtime.join(prompted.asked) if isinstance(runtime, TogetherRuntime) else None
+        opening, known = list(decoding.opening), len(row.tokens) if row else 0
+        running.append(_Running(job, tools, prompted, kept, decoding, row, opening, known))
         return True
 
 

@@ -53,7 +53,8 @@ class Metrics:
 
     def count(self, piece: Piece, known: set[str]) -> None:
         """Calls of tools that the model was not trained with are counted together: their names are the client's."""
-        self._tokens.labels("prompt").inc(piece.prompt_tokens)
+        self._tokens.labels("prompt").inc(piece.prompt_tokens - piece.kept_tokens)
+        self._tokens.labels("kept").inc(piece.kept_tokens)
         self._tokens.labels("new").inc(piece.new_tokens)
         self._prefixes.labels("hit" if piece.prefix_kept else "miss").inc()
         if not piece.finished:

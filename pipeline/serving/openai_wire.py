@@ -145,7 +145,7 @@ def usage(piece: Piece) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": piece.new_tokens,
         "total_tokens": prompt + piece.new_tokens,
-        "prompt_tokens_details": {"cached_tokens": piece.prefix_tokens if piece.prefix_kept else 0},
+        "prompt_tokens_details": {"cached_tokens": piece.cached_tokens},
     }
 
 

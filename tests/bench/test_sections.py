@@ -69,3 +69,17 @@ def test_requests_later_in_a_conversation_have_a_table_of_their_own() -> None:
     assert "0.500" in said
     assert "base" not in said
     assert sections.later({"evaluate": {"fused-fp32": {}}}) == []
+
+
+def test_the_next_call_of_a_conversation_is_shown_with_and_without_what_is_kept() -> None:
+    times = {"p50": 0.2, "p95": 0.3}
+    part = {"requests": 28, "mean_prompt_tokens": 120.4, "anew_call_s": times, "same_reply_fraction": None}
+    kept = part | {"kept_call_s": {"p50": 0.1, "p95": 0.15}, "same_reply_fraction": 0.96}
+    row = {"call_s": dict.fromkeys(("p50", "p95", "p99", "mean"), 1.0), "calls": 1, "prefill_tokens_per_s": 1.0}
+    row |= {"mean_new_tokens": 1.0, "load_s": 1.0, "by_concurrency": []}
+    found = {"benchmark": {"torch-fp32": row | {"later": part}, "fused-fp32": row | {"later": kept}}, "peers": None}
+    said = "\n".join(sections.speed(found, dict.fromkeys(("latency", "throughput"), "")))
+    assert "28 of the requests that come later in a conversation, 120 tokens each" in said
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
+    assert ["torch-fp32", "", "", "200", "300", ""] in rows
+    assert ["fused-fp32", "100", "150", "200", "300", "96%"] in rows

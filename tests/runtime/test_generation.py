@@ -28,7 +28,7 @@ from pipeline.toolcall.grammar import Grammar
 from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool
 
-GRAMMAR_ONLY = Techniques(prefixes=1, grammar=True, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0)
+GRAMMAR_ONLY = Techniques(1, 0, grammar=True, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0)
 TEXTS = {"pattern": {"type": "string", "x-copy": "regex"}, "path": {"type": "string", "x-copy": "path"}}
 TOOLS = (
     Tool("Grep", "Search.", {"type": "object", "properties": TEXTS, "required": []}),
@@ -102,7 +102,7 @@ def test_techniques_leave_the_reply_as_it_is(
     tokenizer: Tokenizer, seed: int, draft_tokens: int, guess_tokens: int, forced: bool, alternatives: int
 ) -> None:
     expected, steps = replies(tokenizer, replace(GRAMMAR_ONLY, alternatives=alternatives), seed)
-    found, fewer = replies(tokenizer, Techniques(1, True, forced, draft_tokens, guess_tokens, alternatives), seed)
+    found, fewer = replies(tokenizer, Techniques(1, 0, True, forced, draft_tokens, guess_tokens, alternatives), seed)
     assert [token.id for token in found] == [token.id for token in expected]
     assert probability(found) == pytest.approx(probability(expected))
     assert fewer <= steps

@@ -1,6 +1,7 @@
 """The engine's thread, and what of a conversation it reads."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 
 from pipeline.runtime.caller import ToolCaller, TooLongError
 from pipeline.runtime.generation import Choice
-from pipeline.serving.engine import NICE, Asked, Engine, Said, fit, in_turn
+from pipeline.serving import anthropic_wire, openai_wire
+from pipeline.serving.engine import NICE, Asked, Engine, Piece, Said, fit, in_turn
 from pipeline.toolcall.conversation import Message
 from pipeline.toolcall.reply import parse_call, write_call
 from pipeline.toolcall.tokenizer import Tokenizer
@@ -167,3 +169,14 @@ def test_nested_json_is_a_mistake_of_the_client(counting: ToolCaller, monkeypatc
         engine.fit(engine.wait_until_loaded(), Asked((user("a"),), (), Choice.AUTO, 9, stream=False))
     engine.stop()
     engine.join(5)
+
+
+def test_usage_tells_what_of_prefix_and_conversation_was_cached() -> None:
+    piece = Piece("", 10, 100, prefix_kept=True, kept_tokens=4)
+    keys = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+    for prefix_kept, expected in ((True, [6, 104, 0]), (False, [6, 4, 100])):
+        found = anthropic_wire.usage(replace(piece, prefix_kept=prefix_kept))
+        assert [found[key] for key in keys] == expected
+    told = openai_wire.usage(piece)
+    assert told["prompt_tokens"] == 110
+    assert told["prompt_tokens_details"] == {"cached_tokens": 104}
