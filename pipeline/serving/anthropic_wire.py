@@ -111,8 +111,8 @@ def _said(wire: list[WireMessage]) -> Iterator[Said]:
 
 def _result(block: ToolResult) -> str:
     if isinstance(block.content, list):
-        return visible("\n".join(part.text for part in block.content if isinstance(part, Text)))
-    return visible(block.content or "")
+        return visible("\n".join(part.text for part in block.content if isinstance(part, Text)), "tool")
+    return visible(block.content or "", "tool")
 
 
 def message_id() -> str:

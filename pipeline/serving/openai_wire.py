@@ -103,7 +103,8 @@ def _said(wire: list[WireMessage]) -> Iterator[Said]:
             continue
         parts = [message.content] if isinstance(message.content, str) else [p.text for p in message.content or []]
         calls = tuple((call.id, _called(call)) for call in message.tool_calls)
-        yield Said(message.role, "\n".join(filter(None, map(visible, parts))), calls, message.tool_call_id)
+        texts = [visible(part, message.role) for part in parts]
+        yield Said(message.role, "\n".join(filter(None, texts)), calls, message.tool_call_id)
 
 
 def _called(call: WireCall) -> ToolCall:

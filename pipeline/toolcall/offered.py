@@ -1,9 +1,11 @@
 """What a client sends - tools, texts - as the model knows it: in training as on the server."""
 
+import re
 from collections.abc import Sequence
 
 from pipeline.toolcall.tool import Tool, find_tool, parse_tools
 
+_LINE_NUMBER = re.compile(r"^ *(\d+)[\t→]", re.MULTILINE)
 REMINDER, ITS_END = "<system-reminder>", "</system-reminder>"
 
 
@@ -37,8 +39,12 @@ def _short(tool: Tool) -> Tool:
     return Tool(tool.name, first, tool.parameters)
 
 
-def visible(text: str) -> str:
-    """Without what an agent adds to its user's words."""
+def visible(text: str, role: str = "user") -> str:
+    """Without what an agent adds to its user's words. In a tool's result the lines of a file as `12<tab>text`: agents
+    number them as `   12→text`, too.
+    """
+    if role == "tool":
+        text = _LINE_NUMBER.sub("\\1\t", text)
     kept, at = [], 0
     while (start := text.find(REMINDER, at)) >= 0 and (end := text.find(ITS_END, start)) >= 0:
         kept.append(text[at:start])

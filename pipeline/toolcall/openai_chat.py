@@ -52,8 +52,9 @@ def from_openai(value: dict[str, Any], own: tuple[Tool, ...], where: str) -> dic
 
 def _turn(message: dict[str, Any], where: str) -> dict[str, str]:
     calls = map(write_call, _calls(message, where))
-    parts = [*map(visible, _texts(message, where)), *calls]
-    return {"role": str(message.get("role")), "content": "\n".join(part for part in parts if part)}
+    role = str(message.get("role"))
+    parts = [*(visible(text, role) for text in _texts(message, where)), *calls]
+    return {"role": role, "content": "\n".join(part for part in parts if part)}
 
 
 def _texts(message: dict[str, Any], where: str) -> list[str]:

@@ -529,6 +529,11 @@ def test_description_names_both_formats(serve: Serve) -> None:
 def test_reminders_of_agents_are_left_out() -> None:
     assert visible("a<system-reminder>b</system-reminder>\n c<system-reminder>d</system-reminder>") == "ac"
     assert visible("a <system-reminder> b") == "a <system-reminder> b"
+
+
+def test_numbered_lines_of_a_result_look_as_in_training() -> None:
+    assert visible("     9→a = 1\n    10→    b→c\n  11\td", "tool") == "9\ta = 1\n10\t    b→c\n11\td"
+    assert visible("  9→a") == "  9→a"  # a user's own words
     start = time.perf_counter()
     assert visible("<system-reminder>" * 200_000).startswith("<system-reminder>")
     assert time.perf_counter() - start < 1
