@@ -134,7 +134,7 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
         "harness_call_s": harness_call_s(caller, requests[0], cfg),
         "by_concurrency": by_concurrency,
         "ablation": ablation(caller, folder, device, requests, cfg) if held else [],
-        "later": later(caller, folder, device, beside(requests_file), techniques, cfg),
+        "later": later(caller, folder, device, requests_file, techniques, cfg),
     }
     origin = provenance((techniques, cfg)) | {"inputs_sha256": inputs_sha256(requests_file, folder)}
     if gpu:
@@ -275,21 +275,27 @@ def later(
     """The last call of a conversation whose earlier ones were just made: `kept` with the KV cache of these, where the
     variant has it, `anew` without. None without such requests.
     """
-    some = [parse_request(value, (), where) for where, value in files.read_spread(file, cfg.requests)]
-    requests = [r for r in some if caller.fits(r.messages, r.tools, cfg.max_new_tokens)]
+    rows = [found for path in (file, beside(file)) if path.exists() for found in files.read_jsonl(path)]
+    some = [request for request in (parse_request(value, (), where) for where, value in rows) if request.messages[1:]]
+    fitting = [r for r in some if caller.fits(r.messages, r.tools, cfg.max_new_tokens)]
+    n = min(cfg.requests, len(fitting))
+    requests = [fitting[at * len(fitting) // n] for at in range(n)]
     if not requests:
         return None
     callers = {"anew": caller}
     if device == "cpu" and caller.techniques != PLAIN and techniques.conversation_tokens:
-        runtime = load_runtime(folder, device, cfg.threads, conversation_tokens=techniques.conversation_tokens)
+        runtime = load_runtime(
+            folder, device, cfg.threads, techniques.prefixes, conversation_tokens=techniques.conversation_tokens
+        )
         callers["kept"] = ToolCaller(runtime, caller.tokenizer, caller.tools, caller.techniques)
     made: dict[str, list[Reply]] = {name: [] for name in callers}
+    rng = random.Random(0)
     for request in [requests[0], *requests]:
-        for name, one in callers.items():
+        for name in rng.sample(list(callers), len(callers)):
             for at, said in enumerate(request.messages):
-                if said["role"] == "assistant" and name == "kept":
-                    one.reply(request.messages[:at], request.tools, cfg.max_new_tokens)
-            made[name].append(ask(one, request, cfg))
+                if said["role"] == "assistant":
+                    callers[name].reply(request.messages[:at], request.tools, cfg.max_new_tokens)
+            made[name].append(ask(callers[name], request, cfg))
     return {
         "requests": len(requests),
         "mean_prompt_tokens": float(np.mean([reply.prompt_tokens for reply in made["anew"][1:]])),

@@ -186,7 +186,7 @@ def price_all(
         name: price(
             files.read_json(measured / f"{name}.json"),
             files.read_json(evaluated / f"{name}.json"),
-            [row for _, row in files.read_jsonl(evaluated / f"{name}.replies.jsonl")],
+            [row for _, row in files.read_jsonl(evaluated / f"{name}.replies.jsonl") if not row["apart"]],
             cfg.machines[machine].usd_per_hour,
             cfg,
         )

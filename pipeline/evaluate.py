@@ -94,17 +94,17 @@ def run(paths: config.Paths, out: Path, variant: str, techniques: Techniques, cf
     if cfg.device == "cuda":
         on_cpu = answers(paths, variant, every, use, cfg, on_cpu=True)
         metrics |= parity(out, variant, (made, on_cpu), (techniques, cfg))
-    rows, too_long = score_all(every, made)
+    rows, too_long = score_all(every, made, apart=len(every) - len(requests))
     reference, precision = (cuda.REFERENCE, "fp16") if cfg.device == "cuda" else (REFERENCE, "fp32")
     metrics |= measures(requests, rows[: len(requests)])
     later = [(request, found) for request, found in zip(every, rows, strict=True) if len(request.messages) > 1]
     if later:
-        metrics["later"] = summary(*zip(*later, strict=True))
+        metrics["later"] = summary(*zip(*later, strict=True)) | {"apart": len(every) - len(requests)}
     if too_long:
         metrics["too_long"] = len(too_long)
         log.warning("%s: requests that do not fit the context: %s", variant, too_long)
     if variant == reference:
-        metrics["different_from_torch"] = different(out.with_name("torch-fp32.replies.jsonl"), rows)
+        metrics["different_from_torch"] = different(out.with_name("torch-fp32.replies.jsonl"), rows[: len(requests)])
     if variant in ("int8", "int4"):
         key, other = f"mcnemar_p_vs_{precision}", out.with_name(f"{reference}.replies.jsonl")
         metrics[key] = compare(other, rows[: len(requests)])
@@ -126,9 +126,16 @@ def read_later(path: Path, tools: tuple[Tool, ...], requests: Sequence[Request])
     return later
 
 
-def score_all(requests: Sequence[Request], made: Sequence[Answer]) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row a request, and the ids of those that do not fit the context: malformed, also where no call is right."""
+def score_all(
+    requests: Sequence[Request], made: Sequence[Answer], apart: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row a request, and the ids of those that do not fit the context: malformed, also where no call is right.
+
+    The last rows, so many as are `apart`, say that they are not in the figures of the whole.
+    """
     rows = [row(request, answer) for request, answer in zip(requests, made, strict=True)]
+    for at, found in enumerate(rows):
+        found["apart"] = at >= len(rows) - apart
     too_long = [found for found, answer in zip(rows, made, strict=True) if answer is TOO_LONG]
     for found in too_long:
         found["outcome"] = score.Outcome.MALFORMED
@@ -185,13 +192,18 @@ def answers(
         rules = parse_rules(files.read_json(paths.keywords), str(paths.keywords)) if paths.keywords.exists() else []
         if not any(find_tool(request.tools, rule.tool) for request in requests for rule in rules):
             log.warning("%s: no rule for a tool on offer, so the keyword baseline never calls", paths.keywords)
-        calls = [keyword_call(request.messages[-1]["content"], rules, request.tools) for request in requests]
+        calls = [keyword_call(last_words(request), rules, request.tools) for request in requests]
         return [Answer(replies.write_call(call) if call else "") for call in calls]
     device = "cpu" if on_cpu else cfg.device
     caller = ToolCaller.load(model, paths.tools, device, cfg.threads, techniques)
     if techniques == PLAIN and isinstance(caller.runtime, RowsRuntime):
         return together(caller, caller.runtime, requests, cfg)
     return [alone(caller, request, cfg.max_new_tokens) for request in tqdm(requests, desc=variant, mininterval=5)]
+
+
+def last_words(request: Request) -> str:
+    """Of the user."""
+    return next(message["content"] for message in reversed(request.messages) if message["role"] == "user")
 
 
 def alone(caller: ToolCaller, request: Request, max_new_tokens: int) -> Answer:

@@ -28,7 +28,6 @@ from omegaconf import DictConfig
 from pipeline import config, files
 from pipeline.provenance import provenance
 from pipeline.runtime.caller import ToolCaller
-from pipeline.runtime.generation import ALL
 from pipeline.serve import ServeConfig
 from pipeline.toolcall.conversation import Request, parse_request
 
@@ -63,10 +62,8 @@ class Served:
     def __init__(self, cfg: ServeConfig) -> None:
         self.url = f"http://127.0.0.1:{cfg.port}"
         start = time.perf_counter()
-        # The same requests come again and again: what is kept of conversations would answer them.
-        settings = [*overrides(cfg), "techniques.conversation_tokens=0"]
         self.process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "pipeline.serve", *settings], stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "pipeline.serve", *overrides(cfg)], stdout=subprocess.DEVNULL
         )
         while not self._ready():
             if self.process.poll() is not None:
@@ -119,7 +116,7 @@ def run(paths: config.Paths, report: Path, serve: ServeConfig, cfg: LoadTestConf
 def overhead_p50_s(paths: config.Paths, serve: ServeConfig, cfg: LoadTestConfig, requests: list[Request]) -> float:
     """Median, over requests, of what the server adds to the same call in this process, asked in turn."""
     some = requests[:: max(1, len(requests) // cfg.overhead_requests)][: cfg.overhead_requests]
-    caller = ToolCaller.load(serve.model, paths.tools, serve.device, serve.threads, replace(ALL, conversation_tokens=0))
+    caller = ToolCaller.load(serve.model, paths.tools, serve.device, serve.threads)
     served = Served(serve)
     added = []
     try:
@@ -146,21 +143,21 @@ def _fastest_s(work: Callable[[], Any]) -> float:
     return min(times)
 
 
-def body(request: Request, max_new_tokens: int) -> dict[str, Any]:
+def body(request: Request, max_new_tokens: int, before: str = "") -> dict[str, Any]:
     tools = [
         {"name": tool.name, "description": tool.description, "input_schema": tool.parameters} for tool in request.tools
     ]
-    messages = [{"role": "user", "content": message["content"]} for message in request.messages]
+    messages = [{"role": "user", "content": before + message["content"]} for message in request.messages]
     return {"model": "tool-caller", "max_tokens": max_new_tokens, "messages": messages, "tools": tools}
 
 
 Answered = tuple[int, float]  # status, seconds; 0: no answer
 
 
-async def ask(client: httpx.AsyncClient, request: Request, cfg: LoadTestConfig) -> Answered:
+async def ask(client: httpx.AsyncClient, request: Request, cfg: LoadTestConfig, before: str = "") -> Answered:
     start = time.perf_counter()
     try:
-        status = (await client.post("/v1/messages", json=body(request, cfg.max_new_tokens))).status_code
+        status = (await client.post("/v1/messages", json=body(request, cfg.max_new_tokens, before))).status_code
     except httpx.TransportError:
         status = 0
     return status, time.perf_counter() - start
@@ -177,7 +174,8 @@ async def endurance(served: Served, serve: ServeConfig, cfg: LoadTestConfig, req
         rng = random.Random(number)
         async with httpx.AsyncClient(base_url=served.url, timeout=120) as http:
             while time.perf_counter() < end:
-                answers.append(await ask(http, rng.choice(requests), cfg))
+                # None comes twice: what the server keeps of conversations would answer it.
+                answers.append(await ask(http, rng.choice(requests), cfg, f"{len(answers)}.{number}: "))
 
     async def watch() -> None:
         await asyncio.sleep(min(60, cfg.endurance_s / 2))
@@ -193,6 +191,7 @@ async def endurance(served: Served, serve: ServeConfig, cfg: LoadTestConfig, req
         "errors": sum(status != 200 for status, _ in answers),
         "calls_per_s": len(seconds) / cfg.endurance_s,
         "reply_s": {"p50": float(np.median(seconds)), "p95": float(np.percentile(seconds, 95))} if seconds else None,
+        "rss_bytes": rss[-1],
         "rss_growth_fraction": rss[-1] / rss[0] - 1,
     }
 

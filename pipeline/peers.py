@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,7 @@ def run(paths: config.Paths, techniques: Techniques, benchmark: BenchmarkConfig,
     scored = Scored(requests, tokenizer)
     work = work_of({"warmup": warmup, "requests": requests, "many": many}, tokenizer, benchmark)
     more: dict[bool, dict[str, Any]] = {
-        True: {"techniques": asdict(techniques), "together": benchmark.together},
+        True: {"techniques": asdict(replace(techniques, conversation_tokens=0)), "together": benchmark.together},
         False: {"techniques": None, "together": 0},
     }
     ours: dict[str, Any] = {}

@@ -1,8 +1,8 @@
 """Stage `prepare`: make training requests from phrasings, and check those written by hand.
 
-Reads data/tools.json and data/requests; writes {train,validation,test,test-later,validation-hand,
-validation-later}.jsonl in data/prepared and reports/prepare.json. Where paths.requests is one file, a user's own, it is
-split instead. What a later stage would refuse is refused here.
+Reads data/tools.json and data/requests; writes {train,validation}.jsonl, {test,validation-hand}.jsonl and, of later
+requests, {test,validation-hand}-later.jsonl in data/prepared, and reports/prepare.json. Where paths.requests is one
+file, a user's own, it is split instead. What a later stage would refuse is refused here.
 """
 
 import json
@@ -35,7 +35,7 @@ from pipeline.toolcall.tool import Tool, find_tool, parse_tools
 log = logging.getLogger(__name__)
 
 HAND_WRITTEN = ("test", "validation-hand")
-LATER = ("test-later", "validation-later")  # by hand too; a folder may lack them, and then they are empty
+LATER = tuple(f"{name}-later" for name in HAND_WRITTEN)  # a folder may lack them, and then they are empty
 OWN_FRACTIONS = {"test": 0.2, "validation-hand": 0.1}  # of a single file of requests
 VARIATIONS = 3  # per tool that is called
 MISSPELT = 3  # words of a request, at most
@@ -242,12 +242,12 @@ def split(phrasings: list[Phrasing], fraction: float, rng: random.Random) -> tup
     Raises ValueError where a category has too few phrasings to give each part one.
     """
     held_out, kept = [], []
-    for group in _by_kind(phrasings).values():
+    for kind, group in _by_kind(phrasings).items():
         rng.shuffle(group)
         n = round(len(group) * fraction)
-        if not 0 < n < len(group):
+        if not (kind == "later" or n) or n == len(group):
             raise ValueError(
-                f"{group[0].where}: {len(group)} phrasings of {group[0].value.get('category')!r} at "
+                f"{group[0].where}: {len(group)} phrasings of {kind!r} at "
                 f"prepare.validation_fraction={fraction} leave a part empty"
             )
         held_out += group[:n]

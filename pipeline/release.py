@@ -79,7 +79,7 @@ Makes the calls of {len(tools)} tools: {", ".join(tools)}.
   identifiers and lines of source code; no conversations of users. Products in {train["precision"]}.
 - Scored on {scored["n"]} others: {scored["exact_call_fraction"]:.1%} exact calls (95%: {low:.1%} to {high:.1%}),
   right tool {scored["right_tool_fraction"]:.1%}, calls where it must {_percent(scored["must_call_fraction"])},
-  abstains where it must {_percent(scored["abstain_fraction"])}.
+  abstains where it must {_percent(scored["abstain_fraction"])}.{_later(scored.get("later"))}
 - p50 {1e3 * bench["call_s"]["p50"]:.0f} ms, p95 {1e3 * bench["call_s"]["p95"]:.0f} ms a call on {machine["cpu"]},
   {machine["cores"]} cores ({bench["device"]}).
 
@@ -92,6 +92,12 @@ Limits: one call a reply; English requests; other tools than these were a small 
     from pipeline.runtime.caller import ToolCaller
     ToolCaller.load("FOLDER").reply("Find TODO in src").call
 """
+
+
+def _later(part: dict[str, Any] | None) -> str:
+    if part is None:
+        return ""
+    return f"\n- Later in a conversation ({part['n']} requests): {part['exact_call_fraction']:.1%} exact calls."
 
 
 def _percent(value: Any) -> str:

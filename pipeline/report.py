@@ -31,6 +31,7 @@ from pipeline.provenance import provenance
 log = logging.getLogger(__name__)
 
 TITLE = "Which variant to ship"
+REQUESTS = ("requests", "later")  # files of them, in inputs_sha256
 
 
 @dataclass
@@ -112,7 +113,7 @@ def require_one_run(found: dict[str, Any]) -> None:
         for name in LADDER:
             origin = found[stage][name]["provenance"]
             machine = (origin["machine"]["cpu"], origin["machine"]["cores"]) if stage == "benchmark" else ()
-            same = origin["settings_sha256"], origin["inputs_sha256"]["requests"], *machine
+            same = origin["settings_sha256"], *(origin["inputs_sha256"].get(key) for key in REQUESTS), *machine
             seen.setdefault(same, []).append(name)
         if len(seen) > 1:
             raise ValueError(
@@ -121,7 +122,7 @@ def require_one_run(found: dict[str, Any]) -> None:
             )
     for name in LADDER:
         inputs = [found[stage][name]["provenance"]["inputs_sha256"] for stage in runs]
-        if differ := [key for key in ("model", "requests") if inputs[0][key] != inputs[1][key]]:
+        if differ := [key for key in ("model", *REQUESTS) if inputs[0].get(key) != inputs[1].get(key)]:
             raise ValueError(
                 f"reports/benchmark/{name}.json is of another {' and '.join(differ)} than "
                 f"reports/evaluate/{name}.json; dvc repro -s -f evaluate@{name} benchmark@{name} makes them anew"

@@ -25,8 +25,9 @@ def write(reports: Path, calls_per_s: float, *names: str, gpu: str | None = None
         {"concurrency": n, "calls_per_s": n * calls_per_s, "new_tokens_per_s": 20 * n * calls_per_s, "p95_s": 1.5 * n}
         for n in (1, 2)
     ]
-    reply = {"called": True, "confidence": 0.9}
+    reply: dict[str, Any] = {"called": True, "confidence": 0.9, "apart": False}
     replies = [reply | {"outcome": outcome} for outcome in ("exact", "exact", "exact", "exact", "wrong_tool")]
+    replies += 20 * [reply | {"outcome": "silent", "apart": True}]  # not in the test's figures, nor in those of costs
     for name in names:
         files.write_json(reports / f"benchmark/{folder}{name}.json", {"by_concurrency": levels, "provenance": where})
         files.write_json(reports / f"evaluate/{folder}{name}.json", {"exact_call_fraction": 0.8, "withheld": False})

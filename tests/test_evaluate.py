@@ -105,6 +105,8 @@ def test_requests_later_in_a_conversation_are_scored_apart(paths: config.Paths) 
     assert (found["later"]["n"], found["later"]["exact_call_fraction"]) == (3, 2 / 3)  # b.py, c.py and not d.py
     rows = [row for _, row in files.read_jsonl(paths.reports / "keyword.replies.jsonl")]
     assert [row["id"] for row in rows] == ["show a.py", "show b.py", "show c.py", "and d.py"]
+    assert [row["apart"] for row in rows] == [False, False, True, True]
+    assert found["later"]["apart"] == 2
     assert rows[2]["request"].startswith("user: show old.py\nassistant: <tool_call>")
     assert "later" in found["provenance"]["inputs_sha256"]
     with pytest.raises(ValueError, match=r"own-later\.jsonl: id: 'show c\.py' stands in .*own\.jsonl, too"):

@@ -27,7 +27,7 @@ from pipeline.toolcall.tool import parse_tools
 ROOT = Path(__file__).parents[1]
 CFG = PrepareConfig(0, 400, 0.15, 0.2, 0.1, 0.1, 0.1, 0.2, 0.25, 0.15)
 
-NO_LATER = {"test-later": 0, "validation-later": 0}
+NO_LATER = {"test-later": 0, "validation-hand-later": 0}
 
 
 def test_noise_leaves_slots_whole() -> None:
@@ -118,14 +118,23 @@ def test_some_requests_come_behind_what_has_nothing_to_do_with_them() -> None:
     assert len({conversation_of(request) for request in made}) == 2000
 
 
+def test_few_phrasings_with_a_history_are_all_trained_on() -> None:
+    """They were refused, in folders that had worked before later ones were a kind of their own."""
+    turn = {"role": "user", "content": "x"}
+    single = [Phrasing("x:1", {"category": "Read", "expected": {}, "messages": [turn]})] * 40
+    later = [Phrasing("x:2", {"category": "Read", "expected": {}, "messages": [turn] * 3})] * 8
+    held_out, kept = split([*single, *later], 0.05, random.Random(0))
+    assert (len(held_out), len(kept)) == (2, 46)
+
+
 def test_split_refuses_too_few_phrasings() -> None:
     with pytest.raises(ValueError, match="leave a part empty"):
-        split([Phrasing("x:1", {"category": "Read"})], 0.15, random.Random(0))
+        split([Phrasing("x:1", {"category": "Read", "messages": []})], 0.15, random.Random(0))
 
 
 def test_run_shares_no_text_between_splits(tmp_path: Path) -> None:
     metrics = run(ROOT / "data/tools.json", ROOT / "data/requests", tmp_path / "out", tmp_path / "prepare.json", CFG)
-    hand = {"test": 420, "test-later": 105, "validation-hand": 280, "validation-later": 105}
+    hand = {"test": 420, "test-later": 105, "validation-hand": 280, "validation-hand-later": 105}
     assert metrics["requests"] == {"train": 340, "validation": 60} | hand
     assert metrics["overlap"] == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -134,7 +143,7 @@ def test_run_shares_no_text_between_splits(tmp_path: Path) -> None:
         "test.jsonl",
         "test-later.jsonl",
         "validation-hand.jsonl",
-        "validation-later.jsonl",
+        "validation-hand-later.jsonl",
     }
 
 

@@ -46,8 +46,8 @@ def _exact(before: Read, now: Read, variant: str, significance: float) -> dict[s
     """On the requests that both runs scored, pair by pair."""
     hits = []
     for read in (before, now):
-        lines = (json.loads(line) for line in read(f"evaluate/{variant}.replies.jsonl").splitlines())
-        hits.append({line["id"]: line["outcome"] == "exact" for line in lines})
+        lines = [json.loads(line) for line in read(f"evaluate/{variant}.replies.jsonl").splitlines()]
+        hits.append({line["id"]: line["outcome"] == "exact" for line in lines if not line.get("apart")})
     both = [name for name in hits[0] if name in hits[1]]
     if not both:
         return _row("exact calls", "", "", "", "no request in common")

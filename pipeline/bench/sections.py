@@ -62,9 +62,9 @@ def accuracy(found: Found, chosen: str, pictures: Pictures) -> list[str]:
     return [
         "## Accuracy",
         "A call is exact when its tool and all its arguments are right, and where no call is right, none was made. "
-        f"{scored[REFERENCE]['n']} requests written by hand ({BASE}, the untuned model: {scored[BASE]['n']} of them); "
-        "keyword is a rule per tool that matches words, the thing to beat. Intervals are Wilson's at 95%; p is of the "
-        f"exact McNemar test against {REFERENCE} on the same requests.",
+        f"{scored[REFERENCE]['n']} requests written by hand ({BASE}, the untuned model, which nobody told how to call: "
+        f"{scored[BASE]['n']} of them); keyword is a rule per tool that matches words, the thing to beat. Intervals "
+        f"are Wilson's at 95%; p is of the exact McNemar test against {REFERENCE} on the same requests.",
         f"{pictures['accuracy']} {pictures['category']}",
         table(tables.beside(found)),
         f"Where decoding left the likeliest next tokens as they are, {REFERENCE} and {BASELINE} differ on "
@@ -88,11 +88,12 @@ def later(found: Found) -> list[str]:
     scored = {name: one["later"] for name, one in found["evaluate"].items() if "later" in one}
     if not scored:
         return []
+    n = scored[REFERENCE]["n"]
     return [
         "### Later in a conversation",
-        f"What agents do most: {scored[REFERENCE]['n']} other requests that come after calls and their results. They "
-        'go on with a task, refer back ("open the second one"), or have nothing to do with what was said. None of '
-        "them is in the figures above.",
+        f"What agents do most: {n} requests that come after calls and their results. Some go on with a task, some "
+        'refer back ("open the second one"), some have nothing to do with what was said. In the figures above are '
+        f"{n - scored[REFERENCE]['apart'] or 'none'} of them.",
         table(tables.later(scored)),
         *folded("By category: exact calls later in a conversation", table(tables.category(scored), index=True)),
     ]

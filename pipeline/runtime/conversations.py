@@ -22,26 +22,35 @@ def shared(a: Sequence[int], b: Sequence[int]) -> int:
 class _Kept:
     prefix: tuple[int, ...]
     tokens: list[int]  # behind the prefix
+    asked: int  # of them, before the reply
     parts: list[NDArray[np.float32]]  # keys or values of a layer, (1, heads, tokens, size)
 
 
 class Conversations:
-    """Copies of at most `limit` tokens together; the one that was not gone on with for the longest goes first."""
+    """Copies of at most `limit` tokens together; what was made or found the longest ago goes first."""
 
     def __init__(self, buffers: Buffers, limit: int) -> None:
         self._buffers, self._limit = buffers, limit
         self._kept: list[_Kept] = []
 
-    def keep(self, prefix: tuple[int, ...], tokens: Sequence[int], places: Sequence[int]) -> None:
-        """`tokens` behind `prefix` stand at `places` of the buffers. Takes the place of what it goes on with."""
-        if not LEAST < len(tokens) <= self._limit:
+    def keep(self, prefix: tuple[int, ...], tokens: Sequence[int], places: Sequence[int], asked: int) -> None:
+        """`tokens` behind `prefix`, of which `asked` were not the model's, stand at `places` of the buffers.
+
+        Takes the place of the request that it goes on with. Where memory is short nothing is kept.
+        """
+        if not LEAST <= asked <= len(tokens) <= self._limit:
             return
-        self._kept = [
-            one for one in self._kept if one.prefix != prefix or 2 * shared(one.tokens, tokens) < len(one.tokens)
-        ]
-        self._kept.append(_Kept(prefix, list(tokens), [buffer[:, :, places] for buffer in self._buffers]))
-        while sum(len(one.tokens) for one in self._kept) > self._limit:
+        self._kept = [one for one in self._kept if one.prefix != prefix or shared(one.tokens, tokens) < one.asked]
+        while sum(len(one.tokens) for one in self._kept) + len(tokens) > self._limit:
             del self._kept[0]
+        begin, end = places[0], places[-1] + 1
+        in_a_row = slice(begin, end) if list(places) == list(range(begin, end)) else list(places)
+        try:
+            parts = [buffer[:, :, in_a_row].copy() for buffer in self._buffers]
+        except MemoryError:
+            self._kept = []
+            return
+        self._kept.append(_Kept(prefix, list(tokens), asked, parts))
 
     def restore(self, prefix: tuple[int, ...], asked: Sequence[int], at: int) -> list[int]:
         """Tokens that `asked` begins with, whose keys and values the buffers then hold from `at` on."""

@@ -57,7 +57,7 @@ class Techniques:
 
 PREFIXES = 8
 PLAIN = Techniques(PREFIXES, 0, grammar=False, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0)
-ALL = Techniques(PREFIXES, 2048, grammar=True, forced=True, draft_tokens=4, guess_tokens=16, alternatives=4)
+ALL = Techniques(PREFIXES, 4096, grammar=True, forced=True, draft_tokens=4, guess_tokens=16, alternatives=4)
 SURE = math.log(0.98)  # a token that is likelier than that has no second choice worth trying
 
 
@@ -114,6 +114,7 @@ class Row:
 
     places: list[int] = field(default_factory=list)  # of its tokens in the KV cache, in the order of their positions
     tokens: list[int] = field(default_factory=list)  # those that the KV cache holds
+    asked: int = 0  # of them, before its reply
 
 
 @runtime_checkable

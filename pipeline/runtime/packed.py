@@ -58,12 +58,12 @@ class PackedRuntime:
     def join(self, asked: Sequence[int] = ()) -> Row:
         used = self._close_gaps()
         known = self._conversations.restore(self._prefixes.current, asked, used)
-        self.rows.append(Row(list(range(used, used + len(known))), known))
+        self.rows.append(Row(list(range(used, used + len(known))), known, len(asked)))
         return self.rows[-1]
 
     def leave(self, row: Row) -> None:
-        self._conversations.keep(self._prefixes.current, row.tokens, row.places[: len(row.tokens)])
         self.rows.remove(row)
+        self._conversations.keep(self._prefixes.current, row.tokens, row.places[: len(row.tokens)], row.asked)
 
     def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
         """One request alone."""

@@ -279,14 +279,14 @@ class Engine:
                 self.on_step(len(stepping))
                 _advance(self.caller.runtime, stepping)
             ended = [one for one in running if one.ended]
-            for one in ended:
-                if one.row and isinstance(self.caller.runtime, TogetherRuntime):
-                    self.caller.runtime.leave(one.row)
             for one in running:
                 try:
                     one.tell(self.caller, last=one in ended)
                 except Exception as error:  # noqa: BLE001 - this request's; the others go on
                     one.fail(error)
+            for one in ended:
+                if one.row and isinstance(self.caller.runtime, TogetherRuntime):
+                    self.caller.runtime.leave(one.row)
             running = [one for one in running if one not in ended]
 
     def _admit(self, caller: ToolCaller, running: list[_Running]) -> bool:

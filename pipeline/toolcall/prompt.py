@@ -17,7 +17,7 @@ from pipeline.toolcall.tool import Tool
 
 START, END = "<|im_start|>", "<|im_end|>"
 
-_LINE_NUMBER = re.compile(r"^ *\d+[\t→]", re.MULTILINE)
+_LINE_NUMBER = re.compile(r"^ *(\d+)[\t→]", re.MULTILINE)
 
 Tokenizer = Any  # a transformers tokenizer; this package imports nothing but the standard library
 
@@ -70,11 +70,13 @@ def request_tokens(tokenizer: Tokenizer, messages: Sequence[Message], tools: Seq
 
 
 def request_text(messages: Sequence[Message]) -> str:
-    """What arguments are copied from: of files that were read, the lines without their numbers."""
-    return "\n".join(
-        _LINE_NUMBER.sub("", message["content"]) if message["role"] == "tool" else message["content"]
-        for message in messages
-    )
+    """What arguments are copied from: of files that were read the lines, and behind all of them their numbers."""
+    parts = []
+    for message in messages:
+        numbers = _LINE_NUMBER.findall(message["content"]) if message["role"] == "tool" else []
+        lines = _LINE_NUMBER.sub("", message["content"]) if numbers else message["content"]
+        parts += [lines, " ".join(numbers)] if numbers else [lines]
+    return "\n".join(parts)
 
 
 def reply_tokens(tokenizer: Tokenizer, request: Request) -> list[int]:

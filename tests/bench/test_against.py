@@ -8,7 +8,11 @@ from pipeline.bench.against import Read, changes, of_folder, of_revision
 
 
 def run_of(exact: int, p50_s: float, model_bytes: int, cpu: str = "X") -> Read:
-    replies = [{"id": str(n), "outcome": "exact" if n < exact else "silent"} for n in range(100)]
+    replies: list[dict[str, str | bool]] = [
+        {"id": str(n), "outcome": "exact" if n < exact else "silent"} for n in range(100)
+    ]
+    replies += [{"id": f"later {exact} {n}", "outcome": "exact", "apart": True} for n in range(9)]
+    replies += [{"id": f"later {n}", "outcome": "exact" if exact > 50 else "silent", "apart": True} for n in range(9)]
     machine = {"provenance": {"machine": {"cpu": cpu}}}
     texts = {
         "evaluate/int8.replies.jsonl": "\n".join(map(json.dumps, replies)),

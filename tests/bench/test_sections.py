@@ -60,11 +60,14 @@ def test_layers_that_were_on_int4s_grid_before_training_are_named_as_a_limit() -
 
 
 def test_requests_later_in_a_conversation_have_a_table_of_their_own() -> None:
-    part: dict[str, Any] = {"n": 105, "exact_call_fraction": 0.8, "exact_call_ci95": [0.7, 0.9]}
+    part: dict[str, Any] = {"n": 105, "apart": 105, "exact_call_fraction": 0.8, "exact_call_ci95": [0.7, 0.9]}
     part |= {"right_tool_fraction": 0.9, "must_call_fraction": 1.0, "abstain_fraction": None, "by_category": {}}
     found = {"evaluate": {"base": {}, "fused-fp32": {"later": part}, "int8": {"later": part | {KEY: 0.5}}}}
     said = "\n".join(sections.later(found))
-    assert "105 other requests" in said
+    assert "105 requests that come after calls and their results" in said
+    assert "In the figures above are none of them." in said
+    own = sections.later({"evaluate": {"fused-fp32": {"later": part | {"apart": 5}}}})
+    assert "In the figures above are 100 of them." in "\n".join(own)
     assert "80.0% (70.0% to 90.0%) | 90.0%        | 100.0%" in said
     assert "0.500" in said
     assert "base" not in said

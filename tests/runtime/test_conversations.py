@@ -129,17 +129,34 @@ def test_the_oldest_go_first_and_a_conversation_is_kept_once() -> None:
     buffer = np.arange(200, dtype=np.float32).reshape(1, 1, 200, 1)
     kept = Conversations([buffer], 100)
     a, b = list(range(40)), list(range(100, 140))
-    kept.keep((1,), a, range(40))
-    kept.keep((1,), b, range(50, 90))
-    kept.keep((1,), [*a, 7, 8], range(42))  # goes on with a, and takes its place
+    kept.keep((1,), a, range(40), 38)
+    kept.keep((1,), b, [*range(50, 89), 99], 40)
+    kept.keep((1,), [*a[:38], 7, 8], range(40), 40)  # goes on with what was asked in a, and takes its place
     assert kept.restore((1,), [*b, 9], 150) == b
-    assert buffer[0, 0, 150:190, 0].tolist() == list(range(50, 90))
+    assert buffer[0, 0, 150:190, 0].tolist() == [*range(50, 89), 99]
     assert kept.restore((2,), [*b, 9], 150) == []  # another prefix
-    kept.keep((1,), list(range(300, 330)), range(30))  # too many together: a, used before b, goes
-    assert kept.restore((1,), [*a, 7, 8, 9], 150) == []
+    assert kept.restore((1,), [*b[:30], 9], 150) == b[:30]  # another that begins so
+    kept.keep((1,), list(range(300, 330)), range(30), 30)  # too many together: a, used before b, goes
+    assert kept.restore((1,), [*a[:38], 7, 8, 9], 150) == []
     assert kept.restore((1,), [*b, 9], 150) == b
-    kept.keep((1,), list(range(101)), range(101))  # too long to be kept
+    kept.keep((1,), list(range(101)), range(101), 101)  # too long to be kept
     assert kept.restore((1,), list(range(101)), 0) == []
+
+
+def test_where_memory_is_short_nothing_is_kept() -> None:
+    """It ended the engine's thread, and with it the server."""
+
+    class Short(np.ndarray[Any, Any]):
+        def copy(self, order: Any = None) -> Any:
+            raise MemoryError(order)
+
+    buffer = np.zeros((1, 1, 50, 1), np.float32)
+    kept = Conversations([buffer], 100)
+    kept.keep((1,), range(20), range(20), 20)
+    kept._buffers = [buffer.view(Short)]
+    kept.keep((1,), range(100, 120), range(20), 20)
+    kept._buffers = [buffer]
+    assert [kept.restore((1,), asked, 0) for asked in (range(21), range(100, 121))] == [[], []]
 
 
 def test_shared_counts_what_both_begin_with() -> None:

@@ -67,7 +67,7 @@ def test_what_can_be_copied_is_copied(
 
 def test_lines_of_a_file_that_was_read_are_copied_without_their_numbers() -> None:
     read = {"role": "tool", "content": "  9\u2192a = 1\n 10\u2192b = 2\n 11\tc"}
-    assert request_text([{"role": "user", "content": "1\tx"}, read]) == "1\tx\na = 1\nb = 2\nc"
+    assert request_text([{"role": "user", "content": "1\tx"}, read]) == "1\tx\na = 1\nb = 2\nc\n9 10 11"
 
 
 @given(
