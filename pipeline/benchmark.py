@@ -290,7 +290,7 @@ def later(
         callers["kept"] = ToolCaller(runtime, caller.tokenizer, caller.tools, caller.techniques)
     made: dict[str, list[Reply]] = {name: [] for name in callers}
     rng = random.Random(0)
-    for request in [requests[0], *requests]:
+    for request in [requests[-1], *requests]:
         for name in rng.sample(list(callers), len(callers)):
             for at, said in enumerate(request.messages):
                 if said["role"] == "assistant":
