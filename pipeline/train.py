@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -259,19 +259,35 @@ def refuse_int8_on_a_gpu(precision: str) -> None:
 
 
 def read_examples(rows: Iterable[tuple[str, Any]], tokenizer: Any, text_weight: float) -> list[shared_prefix.Example]:
+    """Of a conversation, all that the assistant says is learnt: its earlier replies are right too, and already paid."""
     prefixes: dict[str, list[int]] = {}
     examples = []
+    weights = {"call": 1.0, "text": text_weight}
     for where, value in rows:
         request = parse_request(value, (), where)
         key = prompt.system_prompt(request.tools)
         if key not in prefixes:
             prefixes[key] = prompt.prefix_tokens(tokenizer, request.tools)
-        prefix = prefixes[key]
-        asked = prompt.request_tokens(tokenizer, request.messages, request.tools)
-        tokens = prefix + asked + prompt.reply_tokens(tokenizer, request)
-        weight = 1.0 if request.expected else text_weight
-        examples.append(shared_prefix.Example(tokens, len(prefix) + len(asked), len(prefix), weight))
-    return examples
+        tokens, replies = [*prefixes[key]], []
+        last = prompt.reply_tokens(tokenizer, request), "call" if request.expected else "text"
+        for part, said in [*prompt.request_parts(tokenizer, request.messages, request.tools), last]:
+            if said:
+                replies.append(shared_prefix.Reply(len(tokens), len(tokens) + len(part), weights[said]))
+            tokens += part
+        examples.append(shared_prefix.Example(tokens, len(prefixes[key]), replies))
+    return _each_once(examples)
+
+
+def _each_once(examples: list[shared_prefix.Example]) -> list[shared_prefix.Example]:
+    """Without the earlier replies that are learnt elsewhere: an agent's log has each turn with all before it."""
+    learnt = {tuple(example.tokens) for example in examples}
+    found = []
+    for example in examples:
+        *earlier, last = example.replies
+        new = [reply for reply in earlier if tuple(example.tokens[: reply.end]) not in learnt]
+        learnt.update(tuple(example.tokens[: reply.end]) for reply in new)
+        found.append(replace(example, replies=[*new, last]))
+    return found
 
 
 def make_trainer(
@@ -331,7 +347,13 @@ def _batches(examples: list[shared_prefix.Example], cfg: TrainConfig) -> Dataset
 
 
 def _pack(rows: list[dict[str, Any]], count: int = 1, index: int = 0) -> dict[str, Any]:
-    return shared_prefix.pack([shared_prefix.Example(**example) for example in rows[0]["step"]], count, index)
+    step = [
+        shared_prefix.Example(
+            found["tokens"], found["prefix"], [shared_prefix.Reply(**reply) for reply in found["replies"]]
+        )
+        for found in rows[0]["step"]
+    ]
+    return shared_prefix.pack(step, count, index)
 
 
 def _checkpoints(out: Path, base_folder: Path, prepared: Path, cfg: TrainConfig) -> Path:

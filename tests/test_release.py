@@ -43,6 +43,15 @@ def test_a_release_loads_with_its_own_tools_and_refuses_a_changed_byte(paths: co
         ToolCaller.load(folder)
 
 
+def test_a_release_of_another_form_of_the_prompt_is_refused(paths: config.Paths) -> None:
+    folder = run(paths, "variant: int8\n", ReleaseConfig(None, None))
+    manifest = files.read_json(folder / "manifest.json")
+    for other in ({**manifest, "prompt": "0" * 64}, {"sha256": manifest["sha256"]}):
+        files.write_json(folder / "manifest.json", other)
+        with pytest.raises(ValueError, match=r"manifest\.json: .* prompts of another form .*: use the version"):
+            ToolCaller.load(folder)
+
+
 def test_nothing_recommended_asks_for_a_name(paths: config.Paths) -> None:
     files.write_json(paths.reports / "report.json", {"recommended": None})
     with pytest.raises(RuntimeError, match=r"recommends no variant: name one with release\.variant"):

@@ -240,3 +240,25 @@ def test_two_processes_train_as_one(tiny_base: Path, prepared: Path, tmp_path: P
     one, two = (load_tuned(tmp_path / str(processes) / "models/tuned")[0].state_dict() for processes in (1, 2))
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_all_that_the_assistant_said_is_learnt_and_each_reply_once(tiny_base: Path) -> None:
+    tokenizer = load_tuned(tiny_base)[1]
+    call = '<tool_call>{"name": "Read", "arguments": {"p": "a"}}</tool_call>'
+    said = [
+        {"role": "user", "content": "show a"},
+        {"role": "assistant", "content": call},
+        {"role": "tool", "content": "1\tone"},
+        {"role": "assistant", "content": "It says one."},
+        {"role": "user", "content": "and b"},
+    ]
+    last: dict[str, Any] = {"id": "2", "category": "Read", "messages": said, "tools": [TOOL]}
+    last["expected"] = {"name": "Read", "arguments": {"p": "b"}}
+    first = {**last, "id": "1", "messages": said[:1], "expected": {"name": "Read", "arguments": {"p": "a"}}}
+    alone, again = train.read_examples([("1", first), ("2", last)], tokenizer, 0.2)
+    (whole,) = train.read_examples([("2", last)], tokenizer, 0.2)
+    texts = [tokenizer.decode(whole.tokens[reply.start : reply.end]) for reply in whole.replies]
+    assert texts == ["<tool_call>Read\np: a<|im_end|>", "It says one.<|im_end|>", "<tool_call>Read\np: b<|im_end|>"]
+    assert [reply.weight for reply in whole.replies] == [1.0, 0.2, 1.0]
+    assert alone.tokens == whole.tokens[: whole.replies[0].end]
+    assert again.replies == whole.replies[1:]

@@ -90,7 +90,9 @@ def examples_of(requests: Sequence[Request], tokenizer: Any) -> list[shared_pref
         prefix = prompt.prefix_tokens(tokenizer, request.tools)
         asked = prompt.request_tokens(tokenizer, request.messages, request.tools)
         reply = prompt.reply_tokens(tokenizer, request)
-        examples.append(shared_prefix.Example([*prefix, *asked, *reply], len(prefix) + len(asked), len(prefix)))
+        tokens = [*prefix, *asked, *reply]
+        told = shared_prefix.Reply(len(tokens) - len(reply), len(tokens))
+        examples.append(shared_prefix.Example(tokens, len(prefix), [told]))
     return examples
 
 

@@ -22,11 +22,17 @@ CLUSTER = 12  # requests with one prefix that stay together: fewer prefixes in a
 
 
 @dataclass(frozen=True)
+class Reply:
+    start: int
+    end: int
+    weight: float = 1.0  # of its tokens in the loss, its first apart, which decides between call and text
+
+
+@dataclass(frozen=True)
 class Example:
     tokens: list[int]
-    reply_at: int  # tokens from here on are in the loss
     prefix: int  # how many of the tokens are the tools' prefix
-    weight: float = 1.0  # of the reply's tokens in the loss, its first apart, which decides between call and text
+    replies: list[Reply]  # where they stand in the tokens, in their order: what is learnt
 
 
 def steps(examples: Sequence[Example], tokens: int, rng: random.Random) -> list[list[int]]:
@@ -65,7 +71,7 @@ def pack(step: Sequence[Example], count: int = 1, index: int = 0) -> dict[str, A
     tokens, positions (1, n); lengths: of each prefix and then of its requests; predicting, labels, weights (reply
     tokens,): `predicting` is where in the row a label is predicted; reply_tokens: of the whole step, by process.
     """
-    reply_tokens = sum(len(example.tokens) - example.reply_at for example in step) / count
+    reply_tokens = sum(reply.end - reply.start for example in step for reply in example.replies) / count
     # gradients are averaged over all processes, so one without a share takes part with weights of zero
     share = step[index::count]
     scale = float(bool(share))
@@ -82,13 +88,14 @@ def pack(step: Sequence[Example], count: int = 1, index: int = 0) -> dict[str, A
         lengths.append([len(prefix)])
         for example in (step[at] for at in members):
             own = example.tokens[example.prefix :]
-            reply = example.tokens[example.reply_at :]
+            before = len(tokens) - example.prefix  # what a position of the example lacks to be one of the row
             lengths[-1].append(len(own))
             tokens += own
             positions += range(example.prefix, len(example.tokens))
-            predicting += range(len(tokens) - len(reply) - 1, len(tokens) - 1)
-            labels += reply
-            weights += [scale, *[scale * example.weight] * (len(reply) - 1)]
+            for reply in example.replies:
+                predicting += range(before + reply.start - 1, before + reply.end - 1)
+                labels += example.tokens[reply.start : reply.end]
+                weights += [scale, *[scale * reply.weight] * (reply.end - reply.start - 1)]
     return {
         "tokens": torch.tensor([tokens]),
         "positions": torch.tensor([positions]),

@@ -1,21 +1,32 @@
-"""What a released folder holds, by SHA-256: a model that was cut or changed on its way is not loaded."""
+"""What a released folder holds, by SHA-256, and the form that its model reads: what does not fit is not loaded."""
 
 from pathlib import Path
 
 from pipeline import files
+from pipeline.toolcall import prompt
 
 NAME = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    files.write_json(folder / NAME, {"sha256": _hashes(folder)})
+    files.write_json(folder / NAME, {"prompt": prompt.form(), "sha256": _hashes(folder)})
 
 
 def check_manifest(folder: Path) -> None:
-    """Raises ValueError naming the first file that is missing, changed or not listed; without a manifest, nothing."""
+    """Without a manifest, nothing.
+
+    Raises ValueError naming the first file that is missing, changed or not listed, or where another version of this
+    package, whose prompts are of another form, made the model.
+    """
     if not (folder / NAME).exists():
         return
-    expected: dict[str, str] = files.read_json(folder / NAME)["sha256"]
+    manifest = files.read_json(folder / NAME)
+    if manifest.get("prompt") != prompt.form():
+        raise ValueError(
+            f"{folder / NAME}: the model was trained on prompts of another form than this version of the package "
+            f"writes ({str(manifest.get('prompt'))[:12]}, here {prompt.form()[:12]}): use the version that released it"
+        )
+    expected: dict[str, str] = manifest["sha256"]
     found = _hashes(folder)
     for name in sorted({*expected, *found}):
         if name not in found:

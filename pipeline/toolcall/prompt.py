@@ -5,15 +5,16 @@ agent, so that its KV cache is computed once. Texts of users are encoded without
 `<|im_end|>` in a request is text.
 """
 
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.toolcall import compact
 from pipeline.toolcall.conversation import Message, Request
 from pipeline.toolcall.copies import copy_of
 from pipeline.toolcall.reply import parse_call
-from pipeline.toolcall.tool import Tool
+from pipeline.toolcall.tool import Tool, ToolCall
 
 START, END = "<|im_start|>", "<|im_end|>"
 
@@ -59,14 +60,21 @@ def prefix_tokens(tokenizer: Tokenizer, tools: Sequence[Tool]) -> list[int]:
 
 def request_tokens(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
     """What follows the prefix, up to where the reply begins; earlier calls in the form in which the model writes."""
-    tokens: list[int] = []
+    return [token for part, _ in request_parts(tokenizer, messages, tools) for token in part]
+
+
+def request_parts(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool]
+) -> Iterator[tuple[list[int], str]]:
+    """The same in pieces, and what each is: an earlier `call` or `text` of the assistant, with its end, or nothing."""
     for at, message in enumerate(messages):
-        call = parse_call(message["content"]) if message["role"] == "assistant" else None
+        said = message["role"] == "assistant"
+        call = parse_call(message["content"]) if said else None
         text = compact.write(call, tools, request_text(messages[:at])) if call else message["content"]
-        tokens += _markup(tokenizer, f"{START}{message['role']}\n")
-        tokens += _text(tokenizer, text)
-        tokens += _markup(tokenizer, f"{END}\n")
-    return tokens + _markup(tokenizer, f"{START}assistant\n")
+        yield _markup(tokenizer, f"{START}{message['role']}\n"), ""
+        yield [*_text(tokenizer, text), *_markup(tokenizer, END)], ("call" if call else "text") if said else ""
+        yield _markup(tokenizer, "\n"), ""
+    yield _markup(tokenizer, f"{START}assistant\n"), ""
 
 
 def request_text(messages: Sequence[Message]) -> str:
@@ -93,6 +101,30 @@ def reply_tokens(tokenizer: Tokenizer, request: Request) -> list[int]:
     else:
         raise ValueError(f"request {request.id}: to train on it, it needs a reply or a call")
     return [*_text(tokenizer, text), *_markup(tokenizer, END)]
+
+
+def form() -> str:
+    """A hash of how a conversation is written: a model reads no other form than the one that it was trained in."""
+    path, count = {"type": "string", "x-copy": True}, {"type": "integer"}
+    schema = {"type": "object", "properties": {"path": path, "count": count}, "required": ["path"]}
+    tools = (Tool("Look", "Looks.", schema),)
+    messages = (
+        {"role": "user", "content": "Look at a.txt"},
+        {"role": "assistant", "content": '<tool_call>{"name": "Look", "arguments": {"path": "a.txt"}}</tool_call>'},
+        {"role": "tool", "content": "1\tone"},
+        {"role": "user", "content": "Twice"},
+    )
+    request = Request("", "Look", messages, tools, ToolCall("Look", {"path": "a.txt", "count": 2}))
+    letters = _Letters()
+    asked = prefix_tokens(letters, tools) + request_tokens(letters, messages, tools)
+    return hashlib.sha256("".join(map(chr, asked + reply_tokens(letters, request))).encode()).hexdigest()
+
+
+class _Letters:
+    """A tokenizer whose tokens are characters."""
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [ord(letter) for letter in text]
 
 
 def _markup(tokenizer: Tokenizer, text: str) -> list[int]:

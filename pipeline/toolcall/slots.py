@@ -52,10 +52,17 @@ class Draw:
         within = f"{within}#{number}" if number else within
         drawn_as = f"{name}{within}"
         if drawn_as not in self._drawn:
-            self._drawn[drawn_as] = self._rng.choice(self._slots[name])
+            self._drawn[drawn_as] = self._draw(name)
         record = self._drawn[drawn_as]
         if field is None and isinstance(record, str):
             return self.fill(record, within)
         if field is None or isinstance(record, str) or field not in record:
             raise ValueError(f"{self._where}: slot {found.group()} names no field of {str(record)[:80]!r}")
         return self.fill(record[field], within)
+
+    def _draw(self, name: str) -> Record:
+        """Not one that was drawn before, while others are left: of two the request tells which is meant."""
+        taken = [record for drawn_as, record in self._drawn.items() if drawn_as.partition("#")[0] == name]
+        records = self._slots[name]
+        left = [record for record in records if record not in taken] if taken else records
+        return self._rng.choice(left or records)

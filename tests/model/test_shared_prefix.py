@@ -5,7 +5,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.model.int8_training import Int8Products
-from pipeline.model.shared_prefix import ATTENTION, Example, loss, pack, short_head, steps
+from pipeline.model.shared_prefix import ATTENTION, Example, Reply, loss, pack, short_head, steps
 
 
 def tiny_model() -> LlamaForCausalLM:
@@ -24,23 +24,24 @@ def tiny_model() -> LlamaForCausalLM:
 
 
 STEP = [
-    Example([1, 2, 3, 4, 10, 11, 20, 21, 22], 6, 4),
-    Example([5, 6, 7, 12, 23], 4, 3),
-    Example([1, 2, 3, 4, 12, 23], 5, 4),
-    Example([1, 2, 3, 4, 13, 14, 15, 24, 25, 26], 7, 4, weight=0.25),
-    Example([5, 6, 7, 30, 31, 32, 33], 5, 3),
+    Example([1, 2, 3, 4, 10, 11, 20, 21, 22], 4, [Reply(6, 9)]),
+    Example([5, 6, 7, 12, 23], 3, [Reply(4, 5)]),
+    Example([1, 2, 3, 4, 12, 23], 4, [Reply(5, 6)]),
+    Example([1, 2, 3, 4, 13, 14, 15, 24, 25, 26], 4, [Reply(5, 6), Reply(7, 10, weight=0.25)]),
+    Example([5, 6, 7, 30, 31, 32, 33], 3, [Reply(5, 7)]),
 ]
 
 
 def test_loss_and_gradient_are_those_of_the_plain_batch() -> None:
-    """Two prefixes in one step, one of them not first in it."""
+    """Two prefixes in one step, one of them not first in it; and a conversation with an earlier reply."""
     model = tiny_model()
     terms, weights = [], []
     for row in STEP:
         logits = model(input_ids=torch.tensor([row.tokens])).logits[0]
-        predicted = logits[row.reply_at - 1 : -1]
-        terms.append(functional.cross_entropy(predicted, torch.tensor(row.tokens[row.reply_at :]), reduction="none"))
-        weights += [1.0, *[row.weight] * (len(predicted) - 1)]
+        for reply in row.replies:
+            predicted, said = logits[reply.start - 1 : reply.end - 1], row.tokens[reply.start : reply.end]
+            terms.append(functional.cross_entropy(predicted, torch.tensor(said), reduction="none"))
+            weights += [1.0, *[reply.weight] * (len(predicted) - 1)]
     plain = (torch.cat(terms) * torch.tensor(weights)).mean()
     plain.backward()  # type: ignore[no-untyped-call]
     expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
@@ -61,14 +62,14 @@ def test_short_head_leaves_out_what_no_example_holds() -> None:
         logits = model(input_ids=torch.tensor([STEP[1].tokens])).logits[0, -2, tokens]
         model.set_attn_implementation(ATTENTION)
         found = loss(model, pack(STEP[1:2]), (tokens, rows))
-        everything = short_head(model, [Example(list(range(50)), 1, 1)])
+        everything = short_head(model, [Example(list(range(50)), 1, [])])
         torch.testing.assert_close(loss(model, pack(STEP), everything), loss(model, pack(STEP)))
     torch.testing.assert_close(found, -logits.log_softmax(-1)[tokens.tolist().index(23)])
 
 
 def test_steps_hold_every_example_once_within_the_budget() -> None:
-    rare = [Example([9, 8, n, 3], 3, 2 + n % 2) for n in range(5)]
-    long = Example([1, 2, 3, 4, *range(10, 50)], 6, 4)
+    rare = [Example([9, 8, n, 3], 2 + n % 2, [Reply(3, 4)]) for n in range(5)]
+    long = Example([1, 2, 3, 4, *range(10, 50)], 4, [Reply(6, 44)])
     examples = [*STEP * 10, *rare, long]
     found = steps(examples, tokens=30, rng=random.Random(0))
     assert sorted(at for step in found for at in step) == list(range(56))

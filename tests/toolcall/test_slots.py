@@ -13,6 +13,13 @@ def test_draw_is_the_same_within_a_request_and_another_with_a_number() -> None:
     assert filled[2] != filled[0]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_draws_differ_while_there_are_others(seed: int) -> None:
+    first, second, third = Draw({"n": ["a", "b"]}, random.Random(seed), "x:1").fill(["{{n}}", "{{n#2}}", "{{n#3}}"])
+    assert {first, second} == {"a", "b"}
+    assert third in "ab"
+
+
 def test_draw_names_an_unknown_slot() -> None:
     with pytest.raises(ValueError, match="x:1: no slot 'path'"):
         Draw({}, random.Random(0), "x:1").fill("show {{path}}")
