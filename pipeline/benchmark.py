@@ -27,10 +27,10 @@ from pipeline import config, files
 from pipeline.bench import cuda
 from pipeline.bench.inputs import beside, inputs_sha256
 from pipeline.bench.load import serve
+from pipeline.bench.memory import peak_of_calls_bytes
 from pipeline.bench.statistics import percentiles
 from pipeline.provenance import provenance
 from pipeline.runtime.caller import Reply, ToolCaller, load_runtime
-from pipeline.runtime.fixed import peak_rss_bytes
 from pipeline.runtime.generation import PLAIN, Choice, NullRuntime, Techniques, ablations
 from pipeline.serving.engine import Asked, Engine
 from pipeline.toolcall.conversation import Request, parse_request
@@ -96,12 +96,19 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
     log.info("%s on %s", variant, device)
     # The same requests come again and again: what is kept of conversations would answer all but the first of each.
     use = replace(techniques, conversation_tokens=0) if held else PLAIN
-    load = partial(ToolCaller.load, folder, paths.tools, device, cfg.threads, use)
+    model: dict[str, Any] = {
+        "folder": folder,
+        "tools": paths.tools,
+        "device": device,
+        "threads": cfg.threads,
+        "techniques": use,
+    }
+    peak_rss = peak_of_calls_bytes(model, some, cfg.max_new_tokens)
+    load = partial(ToolCaller.load, **model)
     # On a thread that ends: PyTorch's OpenMP has threads for each that called it, and while those of two live, on as
     # many processors, none waits awake: a call through the engine then took twice the time.
     with watched(gpu) as alone, ThreadPoolExecutor(1) as thread:
         caller, load_s, requests, made = thread.submit(one_client, load, some, cfg).result()
-    peak_rss = peak_rss_bytes()  # before the model is loaded again
     together = cfg.together if held else 1
     engine = Engine(partial(load, together=together), max(cfg.concurrency), caller.runtime.context_tokens, together)
     engine.wait_until_loaded()

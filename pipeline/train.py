@@ -6,6 +6,7 @@ or hosts: accelerate launch -m pipeline.train, with the same steps and losses.
 """
 
 import ctypes
+import hashlib
 import logging
 import random
 import resource
@@ -186,7 +187,7 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
         )
     model.forward = MethodType(shared_prefix.loss, model)  # what gradients of several processes are averaged around
     with process.main_process_first():
-        checkpoints = _checkpoints(out, base_folder, prepared, cfg)
+        checkpoints = _checkpoints(out, base_folder, examples, cfg)
     start = time.perf_counter()
     last = get_last_checkpoint(str(checkpoints))
     trainer = make_trainer(model, examples, checkpoints, cfg)
@@ -259,7 +260,7 @@ def refuse_int8_on_a_gpu(precision: str) -> None:
 
 
 def read_examples(rows: Iterable[tuple[str, Any]], tokenizer: Any, text_weight: float) -> list[shared_prefix.Example]:
-    """Of a conversation, all that the assistant says is learnt: its earlier replies are right too, and already paid."""
+    """Of a conversation, all that the assistant says is learnt: its earlier replies are there, and cost no step."""
     prefixes: dict[str, list[int]] = {}
     examples = []
     weights = {"call": 1.0, "text": text_weight}
@@ -356,13 +357,13 @@ def _pack(rows: list[dict[str, Any]], count: int = 1, index: int = 0) -> dict[st
     return shared_prefix.pack(step, count, index)
 
 
-def _checkpoints(out: Path, base_folder: Path, prepared: Path, cfg: TrainConfig) -> Path:
+def _checkpoints(out: Path, base_folder: Path, examples: Any, cfg: TrainConfig) -> Path:
     """The folder to checkpoint to; one that another base, data or settings left is emptied first."""
     folder = out.with_name(f"{out.name}.checkpoints")
     inputs = {
         "settings": asdict(cfg),
         "base": files.sha256(base_folder / "model.safetensors"),
-        "requests": [files.sha256(prepared / f"{name}.jsonl") for name in ("train", "validation")],
+        "examples": hashlib.sha256(repr(examples).encode()).hexdigest(),
     }
     left = folder / "inputs.json"
     if not left.exists() or files.read_json(left) != inputs:

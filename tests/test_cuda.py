@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from pipeline import benchmark, config, evaluate, export, files, quantize
-from pipeline.bench import cuda
+from pipeline.bench import cuda, memory
 from pipeline.bench.gpu import Gpu
 from pipeline.runtime import caller
 from pipeline.runtime.caller import Reply, ToolCaller
@@ -54,6 +54,10 @@ def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(caller, "load_runtime", load_runtime)
     monkeypatch.setattr(benchmark, "load_runtime", load_runtime)
+    on_cpu = memory.peak_of_calls_bytes
+    monkeypatch.setattr(
+        benchmark, "peak_of_calls_bytes", lambda model, *rest: on_cpu({**model, "device": "cpu"}, *rest)
+    )
     monkeypatch.setattr(benchmark, "choose_device", lambda *_: "cuda")
     monkeypatch.setattr(benchmark, "open_gpu", lambda _: Gpu(Nvml()))
     monkeypatch.setattr(evaluate, "gpu_name", lambda: "NVIDIA H100")

@@ -149,7 +149,8 @@ def size(found: Found, pictures: Pictures) -> list[str]:
     return [
         "## Size and memory",
         pictures["size"],
-        "The files of a model, and the most memory that its process had resident while it was measured.",
+        "The files of a model, and the most memory that was resident in a process which loads it, makes the calls of "
+        "one client and does nothing else.",
         table(tables.size(found)),
         *sensitivity.markdown(found["quantize"], pictures),
     ]

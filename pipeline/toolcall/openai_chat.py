@@ -29,7 +29,7 @@ def from_openai(value: dict[str, Any], own: tuple[Tool, ...], where: str) -> dic
         raise ValueError(f"{where}: messages: expected objects, got {str(wrong[0])[:80]!r}")
     *asked, answer = messages
     turns = [_turn(message, where) for message in asked if message.get("role") not in ("system", "developer")]
-    calls, texts = _calls(answer, where), _texts(answer, where)
+    calls, texts = _calls(answer, where), [visible(text, "assistant") for text in _texts(answer, where)]
     if not calls and not any(texts):
         raise ValueError(f"{where}: messages: the answer has neither a call nor a text")
     request: dict[str, Any] = {

@@ -13,8 +13,8 @@ from typing import Any
 from pipeline.toolcall import compact
 from pipeline.toolcall.conversation import Message, Request
 from pipeline.toolcall.copies import copy_of
-from pipeline.toolcall.reply import parse_call
-from pipeline.toolcall.tool import Tool, ToolCall
+from pipeline.toolcall.reply import OPENING, parse_call
+from pipeline.toolcall.tool import Tool, ToolCall, find_tool
 
 START, END = "<|im_start|>", "<|im_end|>"
 
@@ -66,15 +66,23 @@ def request_tokens(tokenizer: Tokenizer, messages: Sequence[Message], tools: Seq
 def request_parts(
     tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool]
 ) -> Iterator[tuple[list[int], str]]:
-    """The same in pieces, and what each is: an earlier `call` or `text` of the assistant, with its end, or nothing."""
+    """The same in pieces; what can be learnt of them is told: a `call` or a `text` of the assistant, with its end."""
     for at, message in enumerate(messages):
-        said = message["role"] == "assistant"
-        call = parse_call(message["content"]) if said else None
+        call = parse_call(message["content"]) if message["role"] == "assistant" else None
         text = compact.write(call, tools, request_text(messages[:at])) if call else message["content"]
+        said = _learnable(call, text, tools) if message["role"] == "assistant" else ""
         yield _markup(tokenizer, f"{START}{message['role']}\n"), ""
-        yield [*_text(tokenizer, text), *_markup(tokenizer, END)], ("call" if call else "text") if said else ""
+        yield [*_text(tokenizer, text), *_markup(tokenizer, END)], said
         yield _markup(tokenizer, "\n"), ""
     yield _markup(tokenizer, f"{START}assistant\n"), ""
+
+
+def _learnable(call: ToolCall | None, text: str, tools: Sequence[Tool]) -> str:
+    """Nothing where an agent erred, or its log is broken: no such tool, arguments that do not fit, half a call."""
+    if call is None:
+        return "text" if text.strip() and OPENING not in text else ""
+    tool = find_tool(tools, call.name)
+    return "call" if tool and not tool.fault(call.arguments) and compact.read(text, tools) == call else ""
 
 
 def request_text(messages: Sequence[Message]) -> str:
@@ -105,16 +113,26 @@ def reply_tokens(tokenizer: Tokenizer, request: Request) -> list[int]:
 
 def form() -> str:
     """A hash of how a conversation is written: a model reads no other form than the one that it was trained in."""
-    path, count = {"type": "string", "x-copy": True}, {"type": "integer"}
-    schema = {"type": "object", "properties": {"path": path, "count": count}, "required": ["path"]}
-    tools = (Tool("Look", "Looks.", schema),)
+    kinds: dict[str, Any] = {
+        "path": {"type": "string", "x-copy": "path"},
+        "text": {"type": "string", "x-copy": "text"},
+        "pattern": {"type": "string", "x-copy": "regex"},
+        "mode": {"enum": ["a", "b"]},
+        "offset": {"type": "integer"},
+        "limit": {"type": "integer", "x-copy": "last:offset"},
+        "timeout": {"type": "integer", "x-copy": "milliseconds"},
+    }
+    tools = (Tool("Look", "Looks.", {"type": "object", "properties": kinds, "required": ["path"]}),)
+    earlier = '<tool_call>{"name": "Look", "arguments": {"path": "b.txt", "text": "hello"}}</tool_call>'
     messages = (
-        {"role": "user", "content": "Look at a.txt"},
-        {"role": "assistant", "content": '<tool_call>{"name": "Look", "arguments": {"path": "a.txt"}}</tool_call>'},
-        {"role": "tool", "content": "1\tone"},
-        {"role": "user", "content": "Twice"},
+        {"role": "user", "content": "Greet b.txt"},
+        {"role": "assistant", "content": earlier},
+        {"role": "tool", "content": "7\tone\n8\ttwo"},
+        {"role": "assistant", "content": "It says one, two."},
+        {"role": "user", "content": "And f(x) in a.txt, lines 15 to 19, within 2 min"},
     )
-    request = Request("", "Look", messages, tools, ToolCall("Look", {"path": "a.txt", "count": 2}))
+    call = {"path": "a.txt", "text": "one\ntwo", "pattern": r"f\(x\)", "mode": "a", "offset": 15, "limit": 5}
+    request = Request("", "Look", messages, tools, ToolCall("Look", {**call, "timeout": 120_000}))
     letters = _Letters()
     asked = prefix_tokens(letters, tools) + request_tokens(letters, messages, tools)
     return hashlib.sha256("".join(map(chr, asked + reply_tokens(letters, request))).encode()).hexdigest()

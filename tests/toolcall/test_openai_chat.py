@@ -1,6 +1,6 @@
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -15,6 +15,9 @@ BOOK: dict[str, Any] = {
     "parameters": {"type": "object", "properties": {"day": {"type": "string"}}, "required": ["day"]},
 }
 TOOLS = parse_tools([BOOK], "tools")
+
+
+ASKED = [{"role": "user", "content": "and saturday"}, {"role": "assistant", "content": "Both?"}]
 
 
 def line(answer: dict[str, object], **more: object) -> dict[str, object]:
@@ -135,3 +138,13 @@ def test_tools_and_texts_are_those_that_the_server_shows(tmp_path: Path) -> None
     nothing = {"type": "object", "properties": {}}
     assert request.tools == (shown, Tool("bare", "", nothing), Tool("ping", "Ping a host.", nothing))
     assert request.messages == ({"role": "user", "content": "book friday\nin May"},)
+
+
+def test_the_answer_is_put_as_the_same_turn_is_in_a_history() -> None:
+    """Or the server's prompt would hold another text than the one that was learnt."""
+    text = "Done.\n<system-reminder>hush</system-reminder>"
+    asked = line({"role": "assistant", "content": text})
+    answered = from_openai(asked, TOOLS, "x:1")
+    gone_on = from_openai({"messages": [*cast(list[Any], asked["messages"]), *ASKED]}, TOOLS, "x:2")
+    assert answered["reply"] == gone_on["messages"][1]["content"]
+    assert "hush" not in answered["reply"]
