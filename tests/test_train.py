@@ -4,8 +4,8 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -158,14 +158,16 @@ def test_auto_takes_the_precision_whose_steps_are_fastest(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    compute_loss = train.PrefixTrainer.compute_loss
+    compute_loss, now_s = train.PrefixTrainer.compute_loss, 0.0
 
     def slowed(self: train.PrefixTrainer, *given: Any, **more: Any) -> Any:
+        nonlocal now_s
         int8 = isinstance(self.products, Int8Products)
-        time.sleep(step_s["int8" if int8 else str(self.dtype).removeprefix("torch.")])
+        now_s += step_s["int8" if int8 else str(self.dtype).removeprefix("torch.")]
         return compute_loss(self, *given, **more)
 
     monkeypatch.setattr(train.PrefixTrainer, "compute_loss", slowed)
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now_s))
     assert trained(tiny_base, prepared, tmp_path, precision="auto", epochs=0.1, evaluations=1)["precision"] == fastest
 
 
