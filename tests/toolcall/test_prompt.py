@@ -10,11 +10,6 @@ READ = {"type": "object", "properties": {"p": {"type": "string"}, "n": {"type": 
 TOOLS = parse_tools([{"name": "Read", "description": "Read.", "parameters": READ}], "tools")
 
 
-class Letters:
-    def encode(self, text: str, **_: Any) -> list[int]:
-        return [ord(letter) for letter in text]
-
-
 @pytest.mark.parametrize(
     ("where", "name", "value"),
     [
@@ -54,6 +49,6 @@ def call(name: str, **arguments: object) -> str:
 )
 def test_what_an_agent_said_wrong_is_read_and_not_learnt(said: str, kind: str) -> None:
     messages = [{"role": "user", "content": "show a"}, {"role": "assistant", "content": said}]
-    parts = list(prompt.request_parts(Letters(), messages, TOOLS))
+    parts = list(prompt.request_parts(prompt._Letters(), messages, TOOLS))
     assert [found for _, found in parts] == ["", "", "", "", kind, "", ""]
-    assert [token for part, _ in parts for token in part] == prompt.request_tokens(Letters(), messages, TOOLS)
+    assert [token for part, _ in parts for token in part] == prompt.request_tokens(prompt._Letters(), messages, TOOLS)
