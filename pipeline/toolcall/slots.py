@@ -61,8 +61,12 @@ class Draw:
         return self.fill(record[field], within)
 
     def _draw(self, name: str) -> Record:
-        """Not one that was drawn before, while others are left: of two the request tells which is meant."""
+        """Not one that was drawn before, while others are left: of two the request tells which is meant.
+
+        One with slots may come again, for its own draws differ: a line that stands there twice weighs twice.
+        """
         taken = [record for drawn_as, record in self._drawn.items() if drawn_as.partition("#")[0] == name]
+        used = [record for record in taken if not SLOT.search(json.dumps(record))]
         records = self._slots[name]
-        left = [record for record in records if record not in taken] if taken else records
+        left = [record for record in records if record not in used] if used else records
         return self._rng.choice(left or records)

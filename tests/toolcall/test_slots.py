@@ -20,6 +20,14 @@ def test_draws_differ_while_there_are_others(seed: int) -> None:
     assert third in "ab"
 
 
+def test_a_line_that_is_repeated_to_weigh_more_weighs_as_much_in_the_second_draw() -> None:
+    """It was left out as a whole, so second draws were nearly always the rare literal lines."""
+    slots = {"file": ["{{stem}}.py"] * 9 + ["Makefile"], "stem": ["a", "b", "c"]}
+    pairs = [Draw(slots, random.Random(seed), "x:1").fill(["{{file}}", "{{file#2}}"]) for seed in range(200)]
+    assert sum(second == "Makefile" for _, second in pairs) < 40
+    assert all(first != second for first, second in pairs)
+
+
 def test_draw_names_an_unknown_slot() -> None:
     with pytest.raises(ValueError, match="x:1: no slot 'path'"):
         Draw({}, random.Random(0), "x:1").fill("show {{path}}")
