@@ -2,7 +2,7 @@
 
     python -m pipeline.release                  the variant that the report recommends
     python -m pipeline.release release.variant=int4
-    python -m pipeline.release release.gguf=Q8_0    and a GGUF file of the tuned model, for llama.cpp and Ollama
+    python -m pipeline.release release.gguf=Q8_0    and a GGUF file of the tuned model, for llama.cpp
 
 Writes models/release. ToolCaller.load checks the hashes each time it opens such a folder.
 """
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline import config, files
@@ -47,6 +46,8 @@ def run(paths: config.Paths, settings: str, cfg: ReleaseConfig) -> Path:
     variant = cfg.variant or files.read_json(paths.reports / "report.json")["recommended"]
     if variant is None:
         raise RuntimeError("the report recommends no variant: name one with release.variant=int8")
+    if variant not in FOLDERS:
+        raise RuntimeError(f"the report recommends {variant}, which is not served: name one with release.variant=int8")
     out = paths.models / "release"
     with files.whole_folder(out) as folder:
         for path in sorted((paths.models / FOLDERS[variant]).iterdir()):
@@ -104,7 +105,7 @@ def _percent(value: Any) -> str:
     return "not scored" if value is None else f"{value:.1%}"
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     run(params.paths, OmegaConf.to_yaml(raw), params.release)

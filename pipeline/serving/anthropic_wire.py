@@ -87,6 +87,8 @@ def asked(body: MessagesBody, own: tuple[Tool, ...], max_new_tokens: int) -> Ask
     choice = {"auto": Choice.AUTO, "any": Choice.REQUIRED, "tool": Choice.REQUIRED, "none": Choice.NONE}[kind]
     if body.tool_choice and body.tool_choice.type == "tool" and wanted is None:
         raise ValueError("tool_choice: type tool needs a name")
+    if choice == Choice.REQUIRED and not tools:
+        raise ValueError("tool_choice asks for a call, but there are no tools")
     return Asked(
         in_turn(_said(body.messages)),
         offered(tools, own, wanted),

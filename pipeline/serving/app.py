@@ -121,7 +121,7 @@ class Server:
         streaming = False
         try:
             body: Any = await self._body(request, api.body)
-            asked = _reading(lambda: api.asked(body, self._own(), self.limits.max_new_tokens))
+            asked = await self._asked(api, body)
             reply = _Reply(self, api, body, asked, start)
             async with asyncio.timeout(self.limits.request_timeout_s):
                 if asked.stream:
@@ -150,13 +150,18 @@ class Server:
     async def count_tokens(self, request: Request) -> Response:
         """Of what /v1/messages would leave of the conversation."""
         start = time.perf_counter()
+        self.open_requests += 1
         try:
-            body = await self._body(request, anthropic_wire.CountBody)
-            asked = _reading(lambda: anthropic_wire.asked(body, self._own(), self.limits.max_new_tokens))
+            body: Any = await self._body(request, anthropic_wire.CountBody)
+            asked = await self._asked(ANTHROPIC, body)
             caller = self.engine.wait_until_loaded()
-            prompted = await asyncio.to_thread(_reading, lambda: self.engine.fit(caller, asked))
-        except (RefusedError, BusyError, ClientDisconnect) as error:
+            counting = asyncio.to_thread(_reading, lambda: self.engine.fit(caller, asked))
+            async with asyncio.timeout(self.limits.request_timeout_s):
+                prompted = await _unless_gone(request, counting)
+        except (RefusedError, BusyError, TimeoutError, ClientDisconnect) as error:
             return self._failed(error, ANTHROPIC, start)
+        finally:
+            self.open_requests -= 1
         return JSONResponse({"input_tokens": len(prompted.prefix) + len(prompted.asked)})
 
     async def models(self, request: Request) -> Response:
@@ -206,6 +211,10 @@ class Server:
             "created_at": "1970-01-01T00:00:00Z",
             "owned_by": "you",
         }
+
+    async def _asked(self, api: Api, body: Any) -> Asked:
+        """On another thread: to check a hundred tools takes a second, in which others are answered."""
+        return await asyncio.to_thread(_reading, lambda: api.asked(body, self._own(), self.limits.max_new_tokens))
 
     def _own(self) -> tuple[Tool, ...]:
         return self.engine.caller.tools if self.engine.caller else ()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pipeline.runtime.caller import ToolCaller, TooLongError
 from pipeline.runtime.generation import Choice, Decoding, Prompt, Row, Runtime, TogetherRuntime, Token
 from pipeline.toolcall.conversation import Message
-from pipeline.toolcall.prompt import request_tokens
+from pipeline.toolcall.prompt import request_tokens, system_prompt
 from pipeline.toolcall.reply import OPENING, write_call
 from pipeline.toolcall.tool import Tool, ToolCall
 
@@ -384,6 +384,8 @@ def fit(caller: ToolCaller, asked: Asked, tools: tuple[Tool, ...], tool_result_t
     Raises TooLongError naming both lengths where what must be kept is too long: see `longer`.
     """
     context = caller.runtime.context_tokens
+    if (characters := len(system_prompt(tools))) > CHARACTERS * context:
+        raise TooLongError(f"tools of {characters} characters do not fit the context of {context} tokens")
     prefix, opening = caller.encode([], tools, asked.max_new_tokens)
     room = context - asked.max_new_tokens - len(prefix) - len(opening)
     message = cache(lambda at: _cut(caller, asked.messages[at], tool_result_tokens))

@@ -88,6 +88,8 @@ def asked(body: ChatBody, own: tuple[Tool, ...], max_new_tokens: int) -> Asked:
     wanted = body.tool_choice.function.name if isinstance(body.tool_choice, ChosenFunction) else None
     choice = Choice.REQUIRED if wanted else Choice(str(body.tool_choice or "auto"))
     limit = body.max_completion_tokens or body.max_tokens or max_new_tokens
+    if choice == Choice.REQUIRED and not tools:
+        raise ValueError("tool_choice asks for a call, but there are no tools")
     return Asked(
         in_turn(_said(body.messages)),
         offered(tools, own, wanted),

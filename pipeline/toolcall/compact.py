@@ -51,24 +51,26 @@ def read(text: str, tools: Sequence[Tool]) -> ToolCall | None:
     tool = find_tool(tools, name)
     if tool is None:
         return None
-    properties = tool.parameters.get("properties", {})
+    properties, required = tool.parameters.get("properties", {}), tool.parameters.get("required", [])
     arguments: dict[str, Any] = {}
     left, names = line + rest, list(properties)
     while left:
-        key = _key(names, properties).match(left)
+        key = _key(names, properties, required).match(left)
         if key is None:
             return None
         argument, separator, _ = key[1].rpartition(copies.COPY if key[1].endswith(copies.COPY) else copies.OWN)
         names = names[names.index(argument) + 1 :]
-        following = _key(names, properties).search(left, key.end())
+        following = _key(names, properties, required).search(left, key.end())
         end = following.start() if following else len(left)
         arguments[argument] = _read(left[key.end() : end], properties[argument], separator, arguments)
         left = left[end:]
     return ToolCall(name, arguments)
 
 
-def _key(names: Sequence[str], properties: dict[str, Any]) -> re.Pattern[str]:
-    keys = [re.escape(name + separator) for name in names for separator in copies.separators(properties[name])]
+def _key(names: Sequence[str], properties: dict[str, Any], required: Sequence[str]) -> re.Pattern[str]:
+    """Of `names` only those up to the first that is required can come next: a line like a later one is text."""
+    ends = next((at for at, name in enumerate(names, 1) if name in required), len(names))
+    keys = [re.escape(name + separator) for name in names[:ends] for separator in copies.separators(properties[name])]
     return re.compile(f"\n({'|'.join(keys)})" if keys else "(?!)")
 
 
@@ -99,6 +101,8 @@ def _read(value: str, schema: Any, separator: str, before: dict[str, Any]) -> An
     if is_text(schema):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError:
+        found = json.loads(value)
+        json.dumps(found, allow_nan=False)  # 1e999 is a number of JSON's grammar, and infinite in Python
+    except ValueError:
         return value  # which does not fit the schema, and is reported so
+    return found

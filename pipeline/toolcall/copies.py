@@ -74,7 +74,10 @@ def copied(schema: Any, value: Any, arguments: Mapping[str, Any], text: str) -> 
         named = [found for found in exact if _stands(f"{found[0]}", text, rf"[\s-]?{found[1][0]}")]
         return " ".join(map(str, (named or exact)[0])) if exact else None
     if kind.startswith("last:") and value > 1:  # of one line the number is no sum
-        last = arguments.get(kind.removeprefix("last:"), 0) + value - 1
+        begin = arguments.get(kind.removeprefix("last:"), 0)
+        if not isinstance(begin, int):
+            return None
+        last = begin + value - 1
         return f"to {last}" if last >= value and _stands(str(last), text) and not _stands(str(value), text) else None
     return None
 

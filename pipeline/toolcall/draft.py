@@ -22,8 +22,8 @@ _QUOTES = (
 )
 _QUOTED = re.compile("|".join(_QUOTES), re.DOTALL)
 _PATH = re.compile(
-    r"(?<![\w/.~\\=-])(?:~?\.{0,2}/)?[\w.@+\\/-]*[/.\\][\w@+-][\w.@+\\/-]*(?<![.])"  # src/app.py, README.md, ~/.ssh
-    r"|(?<![\w/])[\w.@+-]+/(?!\w)"  # lib/
+    r"(?<![\w/.~\\=@+-])(?:~?\.{0,2}/)?[\w.@+\\/-]*[/.\\][\w@+-][\w.@+\\/-]*(?<![.])"  # src/app.py, README.md, ~/.ssh
+    r"|(?<![\w/.@+-])[\w.@+-]+/(?!\w)"  # lib/
 )
 # No plain word: 1.4.9, tmpBuf, TODO
 _CODE = re.compile(r"(?<!\S)(?=\S*(?:[\d_=(){}\[\]<>$:*\\]|[a-z][A-Z]|[A-Z]{2}))\S+")

@@ -176,16 +176,35 @@ def _line(key: str) -> str:
 def _value(schema: Any, separator: str, tool: Tool) -> str:
     """How a value after `separator` is held."""
     if not is_text(schema):
-        named = {key: tool.parameters[key] for key in DEFINITIONS if key in tool.parameters}
         wanted = {key: value for key, value in schema.items() if key != "x-copy"} if isinstance(schema, dict) else {}
-        rule = f"%json {json.dumps({**wanted, **named, 'x-guidance': JSON_OPTIONS})}"
+        if any(_references(part) for part in (wanted, *(tool.parameters.get(key) for key in DEFINITIONS))):
+            wanted = {**_within(wanted), "$defs": {"tool": _within(tool.parameters)}}
+        rule = f"%json {json.dumps({**wanted, 'x-guidance': JSON_OPTIONS})}"
         return f"({rule} | /{form}/)" if (form := copies.form_of(schema)) else rule
     if "enum" in schema or "const" in schema:
         allowed = [value for value in schema.get("enum", [schema.get("const")]) if isinstance(value, str)]
+        if not allowed:
+            raise ValueError(f"tool {tool.name}: no text fits {json.dumps(schema, ensure_ascii=False)}")
         return "(" + " | ".join(json.dumps(value, ensure_ascii=False) for value in allowed) + ")"
     if separator == copies.OWN:
         return ANY
     return "PATH" if copies.copy_of(schema) == "path" else "SPAN"
+
+
+def _references(schema: Any) -> bool:
+    """Does anything in `schema` refer to another part of the tool's parameters?"""
+    if isinstance(schema, dict):
+        return isinstance(schema.get("$ref"), str) or any(map(_references, schema.values()))
+    return isinstance(schema, list) and any(map(_references, schema))
+
+
+def _within(schema: Any) -> Any:
+    """`schema` with its references as they are where the tool's parameters stand under `#/$defs/tool`."""
+    if isinstance(schema, dict):
+        to = schema.get("$ref")
+        here = {"$ref": f"#/$defs/tool{to[1:]}"} if isinstance(to, str) and to.startswith("#") else {}
+        return {**{key: _within(value) for key, value in schema.items()}, **here}
+    return [_within(value) for value in schema] if isinstance(schema, list) else schema
 
 
 def _copies_text(tool: Tool) -> bool:
