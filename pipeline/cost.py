@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
@@ -246,7 +245,7 @@ def price(
     }
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     run(params.paths.reports, params.paths.reports / "cost.json", params.cost)

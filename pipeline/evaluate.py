@@ -15,7 +15,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -244,11 +243,12 @@ def compare(reference: Path, rows: Sequence[dict[str, Any]]) -> float | None:
     """None where the reference was not scored on the same requests, as with a file of the user's own."""
     if not reference.exists():
         return None
-    other = {found["id"]: found for _, found in files.read_jsonl(reference)}
-    if not {row["id"] for row in rows} <= other.keys():
+    other = {(found["id"], found["request"]): found["outcome"] for _, found in files.read_jsonl(reference)}
+    asked = [(row["id"], row["request"]) for row in rows]
+    if not set(asked) <= other.keys():
         return None
     exact = score.Outcome.EXACT
-    return mcnemar_p([other[row["id"]]["outcome"] == exact for row in rows], [row["outcome"] == exact for row in rows])
+    return mcnemar_p([other[one] == exact for one in asked], [row["outcome"] == exact for row in rows])
 
 
 def different(other: Path, rows: Sequence[dict[str, Any]]) -> list[str] | None:
@@ -262,7 +262,7 @@ def different(other: Path, rows: Sequence[dict[str, Any]]) -> list[str] | None:
     return [row["id"] for row in rows if not row["changed"] and row["reply"] != texts.get(row["id"])]
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     folder = params.paths.reports / ("evaluate" if params.evaluate.device == "cpu" else "evaluate/cuda")

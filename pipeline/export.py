@@ -7,13 +7,13 @@ alone, for PyTorch) and reports/export/cuda.json.
 """
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
@@ -49,13 +49,16 @@ class Params:
     export: ExportConfig
 
 
-def run(tuned: Path, requests_file: Path, models: Path, report: Path, cfg: ExportConfig) -> dict[str, Any]:
-    requests = [parse_request(value, (), where) for where, value in files.read_spread(requests_file, cfg.prompts)]
+def run(paths: config.Paths, report: Path, cfg: ExportConfig) -> dict[str, Any]:
+    tuned, models = paths.models / "tuned", paths.models
+    rows = files.read_spread(paths.prepared / "test.jsonl", cfg.prompts)
+    requests = [parse_request(value, (), where) for where, value in rows]
     metrics: dict[str, Any] = {}
     for name, export in exporters(cfg).items():
         log.info("exporting models/%s", name)
         with files.whole_folder(models / name) as folder:
             export(tuned, folder)
+            shutil.copy(paths.tools, folder / "tools.json")  # what the model was trained to call
             found = agreement.parity(tuned, folder, requests, cfg.max_new_tokens)
             log.info("%s: %s", name, found)
             _require(name, found, cfg)
@@ -86,12 +89,11 @@ def _require(name: str, found: dict[str, Any], cfg: ExportConfig) -> None:
         )
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
-    models, reports = params.paths.models, params.paths.reports
-    report = reports / ("export.json" if params.export.device == "cpu" else "export/cuda.json")
-    run(models / "tuned", params.paths.prepared / "test.jsonl", models, report, params.export)
+    report = params.paths.reports / ("export.json" if params.export.device == "cpu" else "export/cuda.json")
+    run(params.paths, report, params.export)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import psutil
 from numpy.typing import NDArray
@@ -71,10 +70,8 @@ class GrowthConfig:
     def __post_init__(self) -> None:
         for part in self.parts:
             config.require_one_of("growth.parts", part, PARTS)
-        for tokens in self.prompt_tokens:
-            config.require_range("growth.prompt_tokens", tokens, 32, 100_000)
-        for clients in self.clients:
-            config.require_range("growth.clients", clients, 1, 10_000)
+        config.require_ranges("growth.prompt_tokens", self.prompt_tokens, 32, 100_000)
+        config.require_ranges("growth.clients", self.clients, 1, 10_000)
         for shape in self.shapes:
             config.require_one_of("growth.shapes", shape, list(SHAPES))
         config.require_range("growth.threads", self.threads, 1, 1024)
@@ -287,7 +284,7 @@ def by_size(params: Params, shapes: dict[str, Shape], machine: Machine) -> dict[
     return found
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     run(config.load(raw, Params), SHAPES)
 

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -169,7 +168,7 @@ def stage(name: str, overrides: list[str]) -> None:
     subprocess.run([sys.executable, "-m", f"pipeline.{name}", *overrides], check=True)  # noqa: S603
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     given = [text for text in HydraConfig.get().overrides.task if not text.startswith("learning_curve.")]
     run(config.load(raw, Params), given)

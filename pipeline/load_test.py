@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import hydra
 import numpy as np
 import psutil
 from omegaconf import DictConfig
@@ -268,7 +267,7 @@ async def drain(served: Served, cfg: LoadTestConfig, requests: list[Request]) ->
     return {"drained_lost": lost, "drained_answered": statuses.count(200), "exit_code": code}
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     run(params.paths, params.paths.reports / "serving.json", params.serve, params.load_test)

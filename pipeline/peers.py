@@ -20,7 +20,6 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
@@ -358,7 +357,7 @@ def _call(command: Sequence[str], environment: dict[str, str] | None = None) -> 
         raise LeftOutError(f"{what} ended with {done.returncode}: {lines[-1] if lines else 'no word'}")
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     run(params.paths, params.techniques, params.benchmark, params.peers)

@@ -16,7 +16,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import hydra
 from llguidance import LLTokenizer
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -61,6 +60,9 @@ class PrepareConfig:
         config.require_range("prepare.validation_fraction", self.validation_fraction, 0.01, 0.5)
         for name in ("none", "foreign", "later", "history", "varied_tools", "frame", "noise"):
             config.require_range(f"prepare.{name}_fraction", getattr(self, f"{name}_fraction"), 0, 1)
+        fixed = self.none_fraction + self.foreign_fraction + self.later_fraction
+        if fixed > 1:
+            raise ValueError(f"prepare.none_fraction, foreign_fraction and later_fraction add up to {fixed:g}, over 1")
 
 
 @dataclass
@@ -427,7 +429,7 @@ def _overlap(groups: Splits) -> int:
     return sum(1 for count in found.values() if count > 1)
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     paths = params.paths

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 from numpy.typing import NDArray
 from omegaconf import DictConfig
@@ -182,7 +181,7 @@ def graph_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("model.onnx*"))
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     reports = params.paths.reports / ("quantize" if params.quantize.device == "cpu" else "quantize/cuda")

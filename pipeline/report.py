@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
@@ -25,13 +24,13 @@ from pipeline.bench import (
     side_by_side,
     tables,
 )
+from pipeline.bench.inputs import REQUESTS, differing
 from pipeline.bench.tables import BASELINE, LADDER, REFERENCE, SCORED
 from pipeline.provenance import provenance
 
 log = logging.getLogger(__name__)
 
 TITLE = "Which variant to ship"
-REQUESTS = ("requests", "later")  # files of them, in inputs_sha256
 
 
 @dataclass
@@ -121,11 +120,17 @@ def require_one_run(found: dict[str, Any]) -> None:
                 f"{' / '.join(', '.join(names) for names in seen.values())}; dvc repro -s -f {stage} makes them anew"
             )
     for name in LADDER:
-        inputs = [found[stage][name]["provenance"]["inputs_sha256"] for stage in runs]
-        if differ := [key for key in ("model", *REQUESTS) if inputs[0].get(key) != inputs[1].get(key)]:
+        if differ := differing(found["evaluate"][name], found["benchmark"][name], ("model", *REQUESTS)):
             raise ValueError(
                 f"reports/benchmark/{name}.json is of another {' and '.join(differ)} than "
                 f"reports/evaluate/{name}.json; dvc repro -s -f evaluate@{name} benchmark@{name} makes them anew"
+            )
+    for name, scored in found["cuda"]["evaluate"].items():
+        shared = ("model", *REQUESTS) if name == BASELINE else REQUESTS  # both devices have models/tuned
+        if differ := differing(scored, found["evaluate"][BASELINE], shared):
+            raise ValueError(
+                f"reports/evaluate/cuda/{name}.json is of another {' and '.join(differ)} than "
+                f"reports/evaluate/{BASELINE}.json; dvc repro pipeline/cuda/dvc.yaml makes it anew"
             )
 
 
@@ -136,7 +141,7 @@ def fault(scored: dict[str, Any], reference: dict[str, Any], cfg: ReportConfig) 
     p = scored.get("mcnemar_p_vs_fp32")
     if exact < cfg.min_exact_fraction:
         return f"{exact:.1%} exact, under {cfg.min_exact_fraction:.0%}"
-    if lost > cfg.max_loss_fraction:
+    if lost > cfg.max_loss_fraction + 1e-9:  # a loss of exactly that passes, whatever the fractions round to
         return f"{100 * lost:.1f} points below {REFERENCE}"
     if lost > 0 and p is not None and p < cfg.significance:
         return f"below {REFERENCE} beyond chance, p = {p:.3f}"
@@ -168,7 +173,7 @@ def recommendation(found: dict[str, Any], best: str | None, cfg: ReportConfig) -
     ]
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     run(params.paths.reports, params.report)

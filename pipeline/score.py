@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
@@ -76,7 +75,7 @@ def read_answers(path: Path, requests: list[Request]) -> dict[str, Answer]:
     return answers
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     run(params.paths, params.score)

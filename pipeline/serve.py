@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import hydra
 import uvicorn
 from omegaconf import DictConfig
 
@@ -157,7 +156,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     run(params.paths.tools, params.techniques, params.serve, os.environ.get(KEY) or None)

@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import hydra
 from mcp.server.mcpserver import MCPServer
 from omegaconf import DictConfig
 from pydantic import BaseModel
@@ -84,7 +83,7 @@ def run(params: Params) -> None:
         server.run("streamable-http", host=params.serve.host, port=params.mcp.port)
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     # Standard output belongs to the protocol.
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, force=True)

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import hydra
 import numpy as np
 from numpy.typing import NDArray
 from omegaconf import DictConfig
@@ -61,8 +60,7 @@ class SpeedConfig:
             config.require_range(f"speed.{name}", getattr(self, name), 1, 1000)
         config.require_range("speed.warmup_calls", self.warmup_calls, 0, 1000)
         config.require_range("speed.calls", self.calls, 1, 100_000)
-        for clients in self.clients:
-            config.require_range("speed.clients", clients, 1, 64)
+        config.require_ranges("speed.clients", self.clients, 1, 64)
         config.require_range("speed.max_logit_difference_fraction", self.max_logit_difference_fraction, 0, 1)
 
 
@@ -242,7 +240,7 @@ def logits_after(runtime: Runtime, asked: list[int]) -> NDArray[np.float32]:
     return logits
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     cfg, report = params.speed, params.paths.reports / f"benchmark/cuda/speed/{params.speed.shape}.json"

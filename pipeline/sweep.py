@@ -20,13 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -38,6 +37,7 @@ log = logging.getLogger(__name__)
 
 STAGES = ("quantize", "evaluate", "benchmark")
 READ = ("fused", "tuned")  # models
+SETTINGS = ("quantize", "techniques", "evaluate", "benchmark")
 # of a trial's benchmark only the calls of one client are compared
 QUICK = ["benchmark.concurrency=[1]", "benchmark.ablation_requests=1"]
 MACHINE = Path(tempfile.gettempdir()) / f"tool-caller-sweep-{os.getuid()}.lock"
@@ -178,6 +178,14 @@ def summarize(sweep: Path, shared: dict[str, str], max_loss_fraction: float) -> 
             (sweep / name).unlink(missing_ok=True)
 
 
+def require_effect(variant: str, overrides: Sequence[str], unread: Sequence[str]) -> None:
+    """Raises ValueError for an override that no stage of a trial reads: every trial would be the first once more."""
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.partition(".")[0] not in (*SETTINGS, "paths", "sweep", "variant") or key.startswith(tuple(unread)):
+            raise ValueError(f"{key} has no effect on a trial of {variant}: its stages are {', '.join(STAGES)}")
+
+
 def objectives(raw: DictConfig) -> tuple[float, float, float] | None:
     """What Hydra's Optuna sweeper is given to optimise: exact calls, seconds, bytes.
 
@@ -186,15 +194,17 @@ def objectives(raw: DictConfig) -> tuple[float, float, float] | None:
     os.chdir(HydraConfig.get().runtime.cwd)  # a launcher's worker starts elsewhere
     params = config.load(raw, Params)
     settings: Any = OmegaConf.to_container(raw, resolve=True)
-    read = {name: settings[name] for name in ("quantize", "techniques", "evaluate", "benchmark")}
+    read = {name: settings[name] for name in SETTINGS}
     others = {"int8", "int4"} - {params.variant} | ({"cuda"} if read["quantize"]["device"] == "cpu" else set())
     read["quantize"] = {key: value for key, value in read["quantize"].items() if key not in others}
-    row = run(params, read, list(HydraConfig.get().overrides.task))
+    overrides = list(HydraConfig.get().overrides.task)
+    require_effect(params.variant, overrides, [f"quantize.{name}." for name in others])
+    row = run(params, read, overrides)
     log.info("%s", {key: row.get(key) for key in ("overrides", "error", "exact_call_fraction", "p50_s")})
     return None if row["error"] else (row["exact_call_fraction"], row["p50_s"], row["model_bytes"])
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> tuple[float, float, float] | None:
     from pipeline import sweep  # a launcher's worker gets this function alone, and Params as it is here is none there
 

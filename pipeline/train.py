@@ -19,7 +19,6 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import hydra
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
@@ -144,17 +143,49 @@ class PrefixTrainer(Trainer):
 
 
 class LossCurves(TrainerCallback):
-    """Both losses by step, as DVC plots; transformers' own callback counts its log lines instead."""
+    """Both losses by step, as DVC plots; transformers' own callback counts its log lines instead. Those from before the
+    checkpoint that a training goes on from are drawn again: DVC removes a stage's outputs before it runs it.
+    """
 
     def __init__(self, live: Live) -> None:
         self._live = live
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
+        for logs in state.log_history:
+            self._draw(logs["step"], logs)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         del args, control
-        self._live.step = state.global_step
+        self._draw(state.global_step, logs)
+
+    def _draw(self, step: int, logs: dict[str, float]) -> None:
+        self._live.step = step
         for key, name in (("loss", "train/loss"), ("eval_loss", "eval/loss")):
             if key in logs:
                 self._live.log_metric(name, logs[key])
+
+
+class Clock(TrainerCallback):
+    """Seconds of a training, with those that it took up to the checkpoint that it goes on from."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._start = file, time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
+        before = files.read_json(self._file) if state.global_step and self._file.exists() else {}
+        self._start = time.perf_counter() - before.get(str(state.global_step), 0.0)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
+        if state.is_world_process_zero:
+            before = files.read_json(self._file) if self._file.exists() else {}
+            files.write_json(self._file, {**before, str(state.global_step): self.seconds})
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
 
 
 def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainConfig) -> dict[str, Any]:
@@ -188,7 +219,6 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
     model.forward = MethodType(shared_prefix.loss, model)  # what gradients of several processes are averaged around
     with process.main_process_first():
         checkpoints = _checkpoints(out, base_folder, examples, cfg)
-    start = time.perf_counter()
     last = get_last_checkpoint(str(checkpoints))
     trainer = make_trainer(model, examples, checkpoints, cfg)
     precision = cfg.precision if cfg.precision != "auto" else _fastest_precision(trainer, checkpoints, bool(last))
@@ -196,11 +226,13 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
     log.info("training on %d requests, %d to validate, in %s", *map(len, examples.values()), precision)
     with ExitStack() as stack:
         if process.is_main_process:
-            live = Live(str(report.with_suffix("")), dvcyaml=None, report=None, save_dvc_exp=False, resume=bool(last))
+            live = Live(str(report.with_suffix("")), dvcyaml=None, report=None, save_dvc_exp=False)
             trainer.add_callback(LossCurves(stack.enter_context(live)))
+        clock = Clock(checkpoints / "seconds.json")
+        trainer.add_callback(clock)
         trainer.train(resume_from_checkpoint=last)
     metrics = {
-        "train_s": time.perf_counter() - start,
+        "train_s": clock.seconds,
         "steps": trainer.state.global_step,
         "steps_planned": trainer.state.max_steps,
         "stopped_early": trainer.state.global_step < trainer.state.max_steps,
@@ -383,7 +415,7 @@ def _fastest_precision(trainer: PrefixTrainer, checkpoints: Path, goes_on: bool)
     return precision
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     paths = params.paths

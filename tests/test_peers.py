@@ -28,7 +28,7 @@ KEYS = {  # DESIGN.md
     *("version", "weights", "model_bytes", "exact_call_fraction", "call_s"),
     *("prefill_tokens_per_s", "decode_tokens_per_s", "calls_per_s_at_20"),
 }
-BENCHMARK = BenchmarkConfig("cpu", 1, 0, 2, 0.0, [1], 1, 1, 1, 4)
+BENCHMARK = BenchmarkConfig("cpu", 1, 0, 2, 0.0, [1], 1, 1, 1, 0.0, 1, 4)
 # Says what WORK's "model", a file of tokens, says; or nothing but an error.
 ECHO = """
 import json, harness

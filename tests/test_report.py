@@ -16,6 +16,7 @@ FP32 = {"exact_call_fraction": 0.80}
         (0.80, None, None),
         (0.85, 0.01, None),  # significantly better is no fault
         (0.79, 0.30, None),
+        (0.78, 0.30, None),  # as many as it may lose, and 0.8 - 0.78 is more than 0.02
         (0.77, 0.30, "3.0 points below fused-fp32"),
         (0.79, 0.01, "below fused-fp32 beyond chance, p = 0.010"),
         (0.45, 1.00, "45.0% exact, under 50%"),
@@ -80,10 +81,17 @@ def test_reports_of_two_runs_are_refused_by_name() -> None:
         return {"provenance": {"settings_sha256": "0", "machine": here, "inputs_sha256": inputs}}
 
     found = {stage: {name: made(stage, name) for name in LADDER} for stage in ("evaluate", "benchmark")}
+    found["cuda"] = {"evaluate": {}}
     with pytest.raises(ValueError, match=r"reports/benchmark is of different runs .*fused-fp32, int8 / int4"):
         require_one_run(found)
     found["benchmark"]["int4"] = found["benchmark"]["int8"]
     require_one_run(found)
+    for name, key in (("torch-fp32", "model"), ("int4", "later")):
+        other = found["evaluate"]["int8"]["provenance"]
+        found["cuda"] = {"evaluate": {name: {"provenance": {"inputs_sha256": {**other["inputs_sha256"], key: "old"}}}}}
+        with pytest.raises(ValueError, match=rf"evaluate/cuda/{name}\.json is of another {key} than"):
+            require_one_run(found)
+    found["cuda"] = {"evaluate": {}}
     found["evaluate"]["int8"] = {"provenance": {**found["evaluate"]["int8"]["provenance"], "settings_sha256": "1"}}
     with pytest.raises(ValueError, match="reports/evaluate is of different runs"):
         require_one_run(found)

@@ -47,11 +47,13 @@ def _exact(before: Read, now: Read, variant: str, significance: float) -> dict[s
     hits = []
     for read in (before, now):
         lines = [json.loads(line) for line in read(f"evaluate/{variant}.replies.jsonl").splitlines()]
-        hits.append({line["id"]: line["outcome"] == "exact" for line in lines if not line.get("apart")})
-    both = [name for name in hits[0] if name in hits[1]]
+        hits.append(
+            {(line["id"], line["request"]): line["outcome"] == "exact" for line in lines if not line.get("apart")}
+        )
+    both = [asked for asked in hits[0] if asked in hits[1]]
     if not both:
         return _row("exact calls", "", "", "", "no request in common")
-    old, new = ([hit[name] for name in both] for hit in hits)
+    old, new = ([hit[asked] for asked in both] for hit in hits)
     p = mcnemar_p(old, new)
     fractions = [sum(side) / len(both) for side in (old, new)]
     old_text, new_text = (f"{fraction:.1%}" for fraction in fractions)

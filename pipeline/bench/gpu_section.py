@@ -7,6 +7,7 @@ import pandas as pd
 
 from pipeline import files
 from pipeline.bench.cuda import FOLDERS
+from pipeline.bench.inputs import REQUESTS, differing
 from pipeline.bench.price import usd_per_million_tokens
 
 BASELINE = "torch-fp32"
@@ -15,16 +16,20 @@ BASELINE = "torch-fp32"
 def read(reports: Path) -> dict[str, Any]:
     """What the stages of pipeline/cuda/dvc.yaml wrote: by variant, and by shape under `speed`.
 
-    `withheld`: the evaluate reports of variants that failed the gate, of which nothing else is shown.
+    `withheld`: the evaluate reports of variants that failed the gate, of which nothing else is shown. `unmeasured`:
+    the names of those that passed it, and have no benchmark.
 
-    Raises ValueError where variants were measured on different GPUs or with different settings.
+    Raises ValueError where variants were measured on different GPUs, with different settings, or one of them with
+    another model or other requests than it was scored with.
     """
     evaluated, measured = reports / "evaluate/cuda", reports / "benchmark/cuda"
     scored = {n: files.read_json(evaluated / f"{n}.json") for n in FOLDERS if (evaluated / f"{n}.json").exists()}
     withheld = {name: of for name, of in scored.items() if of["withheld"]}
-    names = [name for name in scored if name not in withheld and (measured / f"{name}.json").exists()]
+    passed = [name for name in scored if name not in withheld]
+    names = [name for name in passed if (measured / f"{name}.json").exists()]
     found: dict[str, Any] = {
         "withheld": withheld,
+        "unmeasured": [name for name in passed if name not in names],
         "evaluate": {name: scored[name] for name in names},
         "benchmark": {name: files.read_json(measured / f"{name}.json") for name in names},
         "speed": [files.read_json(path) for path in sorted((measured / "speed").glob("*.json"))],
@@ -33,6 +38,12 @@ def read(reports: Path) -> dict[str, Any]:
         (bench["provenance"]["settings_sha256"], bench["provenance"]["machine"]["gpu"]["name"])
         for bench in found["benchmark"].values()
     }
+    for name in names:
+        if differ := differing(scored[name], found["benchmark"][name], ("model", *REQUESTS)):
+            raise ValueError(
+                f"{measured}/{name}.json is of another {' and '.join(differ)} than {evaluated}/{name}.json; "
+                "dvc repro pipeline/cuda/dvc.yaml makes them anew"
+            )
     if len(runs) > 1:
         raise ValueError(
             f"{measured} is of different runs (settings or GPUs): {', '.join(names)}; "
@@ -52,7 +63,7 @@ def markdown(found: dict[str, Any], cost: dict[str, Any], on_cpu: str) -> list[s
 
     Raises ValueError where `cost` (reports/cost.json) is from before the GPU was measured.
     """
-    parts = ["## On a GPU"] if found["benchmark"] or found["withheld"] else []
+    parts = ["## On a GPU"] if any(found[kind] for kind in ("benchmark", "withheld", "unmeasured")) else []
     if found["benchmark"]:
         unpriced = [name for name in found["benchmark"] if name not in cost.get("gpu_variants", {})]
         if unpriced:
@@ -70,6 +81,8 @@ def markdown(found: dict[str, Any], cost: dict[str, Any], on_cpu: str) -> list[s
         f"requests, where {of['min_same_reply_fraction']:.1%} are asked for."
         for name, of in found["withheld"].items()
     ]
+    if found["unmeasured"]:
+        parts += [f"Not measured: {', '.join(found['unmeasured'])}; dvc repro pipeline/cuda/dvc.yaml says why."]
     if found["speed"]:
         parts += ["## Other sizes on a GPU: speed only, random weights"]
         for shape in found["speed"]:
@@ -157,8 +170,8 @@ def _how(found: dict[str, Any]) -> str:
         f"{gpu['max_memory_clock_hz'] / 1e6:.0f} MHz). torch-fp32 is PyTorch eager, torch-fp16 has compiled steps and "
         "a static cache; both decode token by token. The others have all techniques, and float16 activations: dynamic "
         "INT8 has no CUDA kernels. No variant is measured before its replies were compared with the CPU's. GPU memory "
-        "is this process's, with one client; how busy and how many watts, the mean under the load of the most clients, "
-        "whose requests wait their turn."
+        "is this process's, with one client; how busy and how many watts, the mean under the load of the most clients. "
+        "PyTorch's requests wait their turn; of the others up to `benchmark.cuda_together` are decoded together."
     )
 
 

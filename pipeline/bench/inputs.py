@@ -1,7 +1,9 @@
 """What a figure is of, so that a report can refuse figures of different models or requests."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline import files
 
@@ -9,6 +11,9 @@ from pipeline import files
 def beside(requests: Path) -> Path:
     """Where requests stand that come later in a conversation: FILE-later.jsonl; it may be missing, or empty."""
     return requests.with_stem(f"{requests.stem}-later")
+
+
+REQUESTS = ("requests", "later")  # files of them, in inputs_sha256
 
 
 def inputs_sha256(requests: Path, folder: Path | None) -> dict[str, str]:
@@ -21,3 +26,9 @@ def inputs_sha256(requests: Path, folder: Path | None) -> dict[str, str]:
         hashes = " ".join(files.sha256(path) for path in weights)
         found["model"] = hashlib.sha256(hashes.encode()).hexdigest()
     return found
+
+
+def differing(one: dict[str, Any], other: dict[str, Any], keys: Sequence[str]) -> list[str]:
+    """Which of the inputs were others when two reports were made."""
+    inputs = [report["provenance"]["inputs_sha256"] for report in (one, other)]
+    return [key for key in keys if inputs[0].get(key) != inputs[1].get(key)]

@@ -108,6 +108,8 @@ def speed(found: Found, pictures: Pictures) -> list[str]:
         "The p99 of few calls is close to the slowest of them. Reply tokens/s: the tokens of all replies over the time "
         f"of all calls, prompts included. There is no time to the first token: but for {BASELINE} and onnx-fp32, a "
         "call is told as a whole, once it is known to be the likeliest.",
+        "Requests that are decoded together share their rounding, and a few quantized replies come out otherwise than "
+        "alone. In this table, `same`: replies that are those to one client; `exact`: of all that were given.",
         *folded("By number of clients", table(tables.clients(found))),
     ]
     if "techniques" in pictures:
@@ -211,8 +213,8 @@ def measured(found: Found, chosen: str, pictures: Pictures) -> list[str]:
         f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB. A call is "
         "request in to parsed call out, with the tools' prefix cached; each variant in a process of "
         f"its own, all in one run. Of a call {1e3 * found['benchmark'][chosen]['harness_call_s']:.1f} ms are not the "
-        "model's (measured with a runtime whose tokens are known beforehand). A fused graph on the CPU decodes "
-        "several clients' requests together; elsewhere they wait their turn. "
+        "model's (measured with a runtime whose tokens are known beforehand). A fused graph decodes several "
+        "clients' requests together; elsewhere they wait their turn. "
         f"{BASELINE} and onnx-fp32 decode token by token; the others hold a call to the tools' grammar, append "
         "what it forces in one step, check drafts copied from the request, and make of several calls the "
         "likeliest, or none where text is likelier.",

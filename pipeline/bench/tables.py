@@ -178,14 +178,16 @@ def speed(found: dict[str, Any]) -> pd.DataFrame:
 
 
 def clients(found: dict[str, Any]) -> pd.DataFrame:
-    """Calls a second and p95 by how many clients ask at the same time."""
+    """Calls a second, p95, and replies by how many clients ask at the same time."""
+
+    def cell(level: dict[str, Any]) -> str:
+        same, exact = level["same_reply_fraction"], level["exact_call_fraction"]
+        return f"{level['calls_per_s']:.2f}/s, p95 {level['p95_s']:.2f} s, {same:.0%} same, {exact:.0%} exact"
+
     return pd.DataFrame(
         {
             "variant": name,
-            **{
-                f"{level['concurrency']} clients": f"{level['calls_per_s']:.2f}/s, p95 {level['p95_s']:.2f} s"
-                for level in made["by_concurrency"]
-            },
+            **{f"{level['concurrency']} clients": cell(level) for level in made["by_concurrency"]},
         }
         for name, made in found["benchmark"].items()
     )

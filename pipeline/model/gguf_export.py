@@ -1,4 +1,4 @@
-"""The tuned model as a GGUF file, for llama.cpp and Ollama."""
+"""The tuned model as a GGUF file, for llama.cpp."""
 
 import json
 from pathlib import Path

@@ -89,7 +89,7 @@ def _keep_last(path: Path, asked: str) -> None:
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """And config.json, which the runtimes read the length of the context from."""
-    for pattern in (*TOKENIZER_FILES, "config.json"):
+    """And config.json, which the runtimes read the length of the context from, and the tools where they are there."""
+    for pattern in (*TOKENIZER_FILES, "config.json", "tools.json"):
         for path in source.glob(pattern):
             shutil.copy(path, out / path.name)

@@ -16,6 +16,7 @@ def evaluated() -> dict[str, Any]:
         "exact_call_ci95": [0.68, 0.76],
         "same_reply_fraction_vs_cpu": 0.995,
         "withheld": False,
+        "provenance": {"inputs_sha256": {"requests": "r", "model": "m"}},
     }
 
 
@@ -28,7 +29,8 @@ def measured(p50_s: float, gpu: str = "NVIDIA H200") -> dict[str, Any]:
         "gpu_power_w": None,
         "bandwidth_fraction": 0.01,
         "provenance": {
-            "settings_sha256": "0", "machine": {"gpu": {"name": gpu, "driver": "580.1", **clocks}}
+            "settings_sha256": "0", "machine": {"gpu": {"name": gpu, "driver": "580.1", **clocks}},
+            "inputs_sha256": {"requests": "r", "model": "m"},
         },
     }  # fmt: skip
 
@@ -104,6 +106,21 @@ def test_variants_of_two_gpus_are_refused(tmp_path: Path) -> None:
         gpu_section.read(tmp_path)
 
 
+def test_a_variant_timed_as_another_model_than_it_was_scored_as_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, int8=measured(0.1))
+    found = measured(0.1)
+    found["provenance"]["inputs_sha256"]["model"] = "of before"
+    files.write_json(tmp_path / "benchmark/cuda/int8.json", found)
+    with pytest.raises(ValueError, match=r"cuda/int8\.json is of another model than .*evaluate/cuda/int8\.json"):
+        gpu_section.read(tmp_path)
+
+
+def test_a_variant_that_was_scored_and_not_timed_is_named(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "evaluate/cuda/int8.json", evaluated())
+    said = gpu_section.markdown(gpu_section.read(tmp_path), {}, "int8")
+    assert said == ["## On a GPU", "Not measured: int8; dvc repro pipeline/cuda/dvc.yaml says why."]
+
+
 def test_other_sizes_are_called_what_they_are(tmp_path: Path) -> None:
     made = PEAKS | {
         "call_s": {"p50": 0.2, "p95": 0.3, "p99": 0.4},
@@ -151,4 +168,5 @@ def test_a_variant_below_the_gate_shows_its_share_alone(tmp_path: Path) -> None:
     priced["gpu_break_even"]["variants"] = {"int8": priced["gpu_break_even"]["variants"]["int4"]}
     assert gpu_section.markdown(found, priced, "int8")[-1] == said
     (tmp_path / "benchmark/cuda/int8.json").unlink()
+    (tmp_path / "evaluate/cuda/int8.json").unlink()
     assert gpu_section.markdown(gpu_section.read(tmp_path), {}, "int8") == ["## On a GPU", said]
