@@ -1,6 +1,6 @@
 """Stage `report`: one page that says which variant to ship and why.
 
-Reads reports/*.json, also of a GPU and of growth where they exist; writes reports/report.md, report.html and plots/.
+Reads reports/*.json, with those of a GPU and of growth if they exist; writes reports/report.md, report.html and plots/.
 """
 
 import logging
@@ -35,8 +35,8 @@ TITLE = "Which variant to ship"
 
 @dataclass
 class ReportConfig:
-    max_loss_fraction: float  # of exact calls that a recommended variant may lose against fp32
-    significance: float  # one that loses, with a McNemar p below this, does not pass either
+    max_loss_fraction: float  # of exact calls that a recommended variant may lose vs fp32
+    significance: float  # a variant that loses with a McNemar p below this does not pass either
     min_exact_fraction: float  # below this nothing is recommended
     gate: bool  # write nothing, fail where no variant passes
     against: str | None  # write nothing, show what changed since this revision
@@ -135,7 +135,7 @@ def require_one_run(found: dict[str, Any]) -> None:
 
 
 def fault(scored: dict[str, Any], reference: dict[str, Any], cfg: ReportConfig) -> str | None:
-    """Why a variant is not to be shipped, or None."""
+    """Why a variant must not be shipped, or None."""
     exact = scored["exact_call_fraction"]
     lost = reference["exact_call_fraction"] - exact
     p = scored.get("mcnemar_p_vs_fp32")
@@ -144,7 +144,7 @@ def fault(scored: dict[str, Any], reference: dict[str, Any], cfg: ReportConfig) 
     if lost > cfg.max_loss_fraction + 1e-9:  # a loss of exactly that passes, whatever the fractions round to
         return f"{100 * lost:.1f} points below {REFERENCE}"
     if lost > 0 and p is not None and p < cfg.significance:
-        return f"below {REFERENCE} beyond chance, p = {p:.3f}"
+        return f"significantly below {REFERENCE}, p = {p:.3f}"
     return None
 
 
@@ -156,8 +156,8 @@ def recommend(found: dict[str, Any], faults: dict[str, str | None]) -> str | Non
 
 def recommendation(found: dict[str, Any], best: str | None, cfg: ReportConfig) -> list[str]:
     rule = (
-        f"Rule: the fastest variant (p50) that has at least {cfg.min_exact_fraction:.0%} exact calls, at most "
-        f"{100 * cfg.max_loss_fraction:g} points fewer than {REFERENCE} (full precision), and not significantly fewer "
+        f"Rule: the fastest variant (p50) with at least {cfg.min_exact_fraction:.0%} exact calls, at most "
+        f"{100 * cfg.max_loss_fraction:g} points below {REFERENCE} (full precision) and not significantly below it "
         f"(McNemar p at least {cfg.significance:g})."
     )
     if best is None:
@@ -166,7 +166,7 @@ def recommendation(found: dict[str, Any], best: str | None, cfg: ReportConfig) -
     full = found["evaluate"][REFERENCE]["exact_call_fraction"]
     faster = found["benchmark"][BASELINE]["call_s"]["p50"] / bench["call_s"]["p50"]
     return [
-        f"**Ship {best}**: {exact:.1%} of its calls are exact, {full:.1%} in full precision, and it answers in "
+        f"**Ship {best}**: {exact:.1%} exact calls (full precision: {full:.1%}), p50 "
         f"{1e3 * bench['call_s']['p50']:.0f} ms, {faster:.1f} times faster than {BASELINE}.",
         "\n".join(f"- {figure}" for figure in tables.figures(found, best)),
         rule,

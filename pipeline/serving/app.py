@@ -121,10 +121,10 @@ class Server:
         streaming = False
         try:
             body: Any = await self._body(request, api.body)
-            asked = await self._asked(api, body)
-            reply = _Reply(self, api, body, asked, start)
             async with asyncio.timeout(self.limits.request_timeout_s):
+                asked = await self._asked(api, body)
                 if asked.stream:
+                    reply = _Reply(self, api, body, asked, start)
                     await _unless_gone(request, reply.begin())
                     streaming = True
                     return reply
@@ -153,10 +153,10 @@ class Server:
         self.open_requests += 1
         try:
             body: Any = await self._body(request, anthropic_wire.CountBody)
-            asked = await self._asked(ANTHROPIC, body)
             caller = self.engine.wait_until_loaded()
-            counting = asyncio.to_thread(_reading, lambda: self.engine.fit(caller, asked))
             async with asyncio.timeout(self.limits.request_timeout_s):
+                asked = await self._asked(ANTHROPIC, body)
+                counting = asyncio.to_thread(_reading, lambda: self.engine.fit(caller, asked))
                 prompted = await _unless_gone(request, counting)
         except (RefusedError, BusyError, TimeoutError, ClientDisconnect) as error:
             return self._failed(error, ANTHROPIC, start)
