@@ -1,8 +1,8 @@
-"""Stage `benchmark`: how fast whole calls are, request in to parsed call out, and what they take.
+"""Stage `benchmark`: time and memory of whole calls, from the request to the parsed call.
 
 Reads the variant's model and data/prepared/test.jsonl; writes reports/benchmark/{variant}.json and
-the raw samples beside it. Variants are compared within one run on one machine. On CUDA: models/cuda,
-reports/benchmark/cuda/{variant}.json, and only after the variant's replies there were compared with the CPU's.
+the raw samples beside it. Compare variants only within one run on one machine. On CUDA: models/cuda and
+reports/benchmark/cuda/{variant}.json, only after `evaluate` compared the variant's replies with the CPU's.
 """
 
 import asyncio
@@ -38,23 +38,23 @@ from pipeline.toolcall.conversation import Request, parse_request
 log = logging.getLogger(__name__)
 
 FOLDERS = {"torch-fp32": "tuned", "onnx-fp32": "onnx", "fused-fp32": "fused", "int8": "int8", "int4": "int4"}
-HELD = ("fused-fp32", "int8", "int4")  # by the grammar, with all techniques; the others answer as they are
+HELD = ("fused-fp32", "int8", "int4")  # use the grammar and all other techniques; the rest decode greedily
 PREFILL_TOKENS = 256
 
 
 @dataclass
 class BenchmarkConfig:
-    device: str  # auto: CUDA where ONNX Runtime offers it and the variant's model for it was made
+    device: str  # auto: CUDA if ONNX Runtime offers it and the variant's model for it exists
     threads: int
     warmup_calls: int
     requests: int  # test requests to measure with, evenly spaced through the file
-    min_s: float  # whole passes over them are made until this time is reached
+    min_s: float  # whole passes over them are repeated until this time is reached
     concurrency: list[int]
     calls_per_client: int
-    together: int  # of many clients' requests, answered at a time where the runtime can
+    together: int  # with many clients: requests decoded together, if the runtime can
     cuda_together: int  # the same on a GPU
-    min_same_reply_fraction: float  # of many clients: replies that must be those to one, or nothing is written
-    ablation_requests: int  # of them, to measure the effect of each technique with
+    min_same_reply_fraction: float  # with many clients: share of replies equal to a single client's; below it, an error
+    ablation_requests: int  # how many of `requests` measure the effect of each technique
     max_new_tokens: int
 
     def __post_init__(self) -> None:
@@ -96,7 +96,7 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
     random.Random(0).shuffle(some)
     held = variant in HELD or variant in cuda.HELD
     log.info("%s on %s", variant, device)
-    # The same requests come again and again: what is kept of conversations would answer all but the first of each.
+    # The passes repeat the requests: with conversations kept, every pass but the first would find its prompts in cache.
     use = replace(techniques, conversation_tokens=0) if held else PLAIN
     model: dict[str, Any] = {
         "folder": folder,
@@ -107,15 +107,15 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
     }
     peak_rss = peak_of_calls_bytes(model, some, cfg.max_new_tokens)
     load = partial(ToolCaller.load, **model)
-    # On a thread that ends: PyTorch's OpenMP has threads for each that called it, and while those of two live, on as
-    # many processors, none waits awake: a call through the engine then took twice the time.
+    # In a thread that ends: PyTorch's OpenMP has a team of threads per calling thread. With two teams on two processors
+    # waiting threads sleep instead of spinning, and a call through the engine took twice the time.
     with watched(gpu) as alone, ThreadPoolExecutor(1) as thread:
         caller, load_s, requests, made = thread.submit(one_client, load, some, cfg).result()
     together = (cfg.cuda_together if gpu else cfg.together) if held else 1
     engine = Engine(partial(load, together=together), max(cfg.concurrency), caller.runtime.context_tokens, together)
     engine.wait_until_loaded()
     first = min(together, max(cfg.concurrency))
-    many_clients(engine, requests[:first], first, cfg)  # what the first calls of a new runtime pay for
+    many_clients(engine, requests[:first], first, cfg)  # warm-up of the new runtime
     by_concurrency = []
     for clients in cfg.concurrency:
         with watched(gpu) as busy:
@@ -155,7 +155,7 @@ def run(paths: config.Paths, reports: Path, variant: str, techniques: Techniques
 
 
 def choose_device(wanted: str, models: Path, variant: str) -> str:
-    """Raises RuntimeError for CUDA where there is none: a CPU's numbers must not pass for a GPU's."""
+    """Raises RuntimeError if CUDA is wanted but missing: a CPU's numbers must not pass for a GPU's."""
     offered = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     if wanted == "cuda" and not offered:
         found = onnxruntime.get_available_providers()
@@ -192,10 +192,9 @@ def ask(caller: ToolCaller, request: Request, cfg: BenchmarkConfig) -> Reply:
 def one_client(
     load: Callable[[], ToolCaller], some: list[Request], cfg: BenchmarkConfig
 ) -> tuple[ToolCaller, float, list[Request], list[Reply]]:
-    """The model, seconds to load it, the requests that fit its context, and the replies to them.
+    """The loaded model, seconds to load it, the requests that fit its context, and the replies to them.
 
-    Whole passes, so that the percentiles of every variant are over the same requests. Raises ValueError where none of
-    them fits.
+    Whole passes, so that the percentiles of every variant are over the same requests. Raises ValueError if none fits.
     """
     start = time.perf_counter()
     caller = load()
@@ -215,7 +214,7 @@ def one_client(
 
 
 def harness_call_s(caller: ToolCaller, request: Request, cfg: BenchmarkConfig) -> float:
-    """Median time of a call whose tokens are known beforehand: what of a call is ours, not the model's."""
+    """Median time of a call without a model, its tokens known beforehand: our own share of a call's time."""
     ids = caller.tokenizer.encode(ask(caller, request, cfg).written, add_special_tokens=False)
     runtime = NullRuntime([*ids, caller.tokenizer.eos_token_id], len(caller.tokenizer))
     null = ToolCaller(runtime, caller.tokenizer, caller.tools, caller.techniques)
@@ -225,8 +224,8 @@ def harness_call_s(caller: ToolCaller, request: Request, cfg: BenchmarkConfig) -
 def many_clients(
     engine: Engine, requests: list[Request], clients: int, cfg: BenchmarkConfig, alone: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Through the server's engine, without HTTP. `alone`: the requests' replies to a single client, to compare with:
-    those answered together can differ by rounding.
+    """Calls through the server's engine, without HTTP. `alone`: replies to a single client, to compare with: rounding
+    can change replies that are decoded together.
     """
     new_tokens: list[int] = []
     same: list[bool] = []
@@ -256,7 +255,7 @@ def many_clients(
 
 
 def require_same_replies(variant: str, found: dict[str, Any], least: float) -> None:
-    """Raises RuntimeError where rounding cannot be why replies differ: speed is worth nothing then."""
+    """Raises RuntimeError if more replies differ than rounding explains: their speed means nothing."""
     same = found["same_reply_fraction"]
     if same < least:
         raise RuntimeError(
@@ -268,9 +267,9 @@ def require_same_replies(variant: str, found: dict[str, Any], least: float) -> N
 def ablation(
     caller: ToolCaller, folder: Path, device: str, requests: list[Request], cfg: BenchmarkConfig
 ) -> list[dict[str, Any]]:
-    """Calls without each technique, each request asked in all ways before the next, so that the machine is the same.
+    """Calls without each technique; each request is asked in all ways before the next, so that conditions are equal.
 
-    In another order each time: who comes after the slowest finds the processor's caches full of other things.
+    The order is random: a call that follows the slowest finds the processor's caches full of other data.
     """
     uncached = load_runtime(folder, device, cfg.threads, prefixes=0)
     callers = {
@@ -296,8 +295,8 @@ def ablation(
 def later(
     caller: ToolCaller, folder: Path, device: str, file: Path, techniques: Techniques, cfg: BenchmarkConfig
 ) -> dict[str, Any] | None:
-    """The last call of a conversation whose earlier ones were just made: `kept` with the KV cache of these, where the
-    variant has it, `anew` without. None without such requests.
+    """The last call of a conversation, right after its earlier ones: `kept` reuses their KV cache, if the variant can;
+    `anew` does not. None if there are no such requests.
     """
     rows = [found for path in (file, beside(file)) if path.exists() for found in files.read_jsonl(path)]
     some = [request for request in (parse_request(value, (), where) for where, value in rows) if request.messages[1:]]
@@ -334,7 +333,7 @@ def later(
 
 
 def prefill_tokens_per_s(caller: ToolCaller) -> float:
-    """Median of five prompts of random tokens, behind a prefix of one token that is there already."""
+    """Median of five prompts of random tokens, behind a one-token prefix that is already computed."""
     rng = np.random.default_rng(0)
     times = []
     for _ in range(5):
@@ -347,7 +346,7 @@ def prefill_tokens_per_s(caller: ToolCaller) -> float:
 
 
 def one_token_step_s(caller: ToolCaller) -> float:
-    """Median of 30 steps of one token each, behind the prompt of `prefill_tokens_per_s`."""
+    """Median of 30 one-token steps after the prompt of `prefill_tokens_per_s`."""
     times = []
     for at in range(PREFILL_TOKENS + 1, PREFILL_TOKENS + 31):
         start = time.perf_counter()
@@ -357,8 +356,8 @@ def one_token_step_s(caller: ToolCaller) -> float:
 
 
 def read_bandwidth_bytes_per_s(threads: int) -> float:
-    """Best of five products of two vectors of 128 MiB a thread, its own, which no cache holds: what reading the weights
-    once a token is limited by.
+    """Best of five dot products per thread, each of its own two vectors of 128 MiB, too large for a cache. The weights
+    are read once per token at this speed at most.
     """
     pairs = [(np.ones(32 * 2**20, np.float32), np.ones(32 * 2**20, np.float32)) for _ in range(threads)]
     times = []

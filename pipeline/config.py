@@ -29,10 +29,10 @@ class ModelConfig:
 
 
 def load(raw: DictConfig, schema: type[T]) -> T:
-    """The sections of params.yaml that `schema` has as fields, as an instance of `schema`.
+    """The sections of params.yaml named by the fields of `schema`, as an instance of it.
 
     Raises omegaconf's ValidationError, ConfigKeyError or MissingMandatoryValue, naming the full
-    key, for a wrong type, an unknown key or an absent one; ValueError from a section's own check.
+    key, for a wrong type, an unknown key or a missing one; ValueError from a section's own check.
     """
     wanted = OmegaConf.structured(schema)
     checked = OmegaConf.merge(wanted, OmegaConf.masked_copy(raw, list(wanted)))
@@ -40,12 +40,12 @@ def load(raw: DictConfig, schema: type[T]) -> T:
 
 
 def main(run: Callable[[DictConfig], Any]) -> Callable[[], Any]:
-    """`run` with the settings of params.yaml and the command line's overrides, by Hydra.
+    """Make Hydra call `run` with the settings of params.yaml and the command line's overrides.
 
-    `--help` shows the docstring of its module and the settings that are its Params: Hydra's own looks for config groups
-    in all folders beside params.yaml, .venv included, which takes minutes.
+    `--help` shows the docstring of its module and the settings in its Params. Hydra's own help searches all folders
+    beside params.yaml for config groups, .venv included, which takes minutes.
     """
-    import hydra  # here: what is imported above counts as memory of the models that are measured
+    import hydra  # not at the top: imports there add to the measured memory of the models
 
     started = hydra.main(version_base="1.3", config_path="..", config_name="params")(run)
 
@@ -63,13 +63,13 @@ def main(run: Callable[[DictConfig], Any]) -> Callable[[], Any]:
 
 
 def require_range(key: str, value: float, least: float, most: float) -> None:
-    """Raises ValueError naming `key` and the range where `value` lies outside it."""
+    """Raises ValueError naming `key` and the range if `value` lies outside it."""
     if not least <= value <= most:
         raise ValueError(f"{key} must lie in [{least:g}, {most:g}], got {value:g}")
 
 
 def require_ranges(key: str, values: Sequence[float], least: float, most: float) -> None:
-    """Raises ValueError where there is no value, or one outside the range."""
+    """Raises ValueError if there is no value, or one outside the range."""
     if not values:
         raise ValueError(f"{key} must hold at least one value")
     for value in values:

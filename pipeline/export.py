@@ -2,8 +2,8 @@
 
 Reads models/tuned and test prompts; writes models/onnx (optimum's portable graph), models/fused
 (GroupQueryAttention) and reports/export.json. A difference over the limit fails the stage.
-With export.device=cuda, which needs no GPU: models/cuda/fused-fp16, models/cuda/torch-fp16 (the weights
-alone, for PyTorch) and reports/export/cuda.json.
+With export.device=cuda (no GPU needed) it writes models/cuda/fused-fp16, models/cuda/torch-fp16 (only
+weights, for PyTorch) and reports/export/cuda.json.
 """
 
 import logging
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 @dataclass
 class ExportConfig:
     device: str
-    cuda_graph: bool  # on CUDA, replay steps of one token as a CUDA graph
-    prompts: int  # test requests to compare on
-    max_logit_difference: float  # the largest over all positions of the prompts
+    cuda_graph: bool  # on CUDA, replay one-token steps as a CUDA graph
+    prompts: int  # test requests on which the models are compared
+    max_logit_difference: float  # allowed, over all positions of the prompts
     max_logit_difference_fp16: float
     min_same_reply_fraction: float
     max_new_tokens: int
@@ -58,7 +58,7 @@ def run(paths: config.Paths, report: Path, cfg: ExportConfig) -> dict[str, Any]:
         log.info("exporting models/%s", name)
         with files.whole_folder(models / name) as folder:
             export(tuned, folder)
-            shutil.copy(paths.tools, folder / "tools.json")  # what the model was trained to call
+            shutil.copy(paths.tools, folder / "tools.json")  # the tools the model was trained to call
             found = agreement.parity(tuned, folder, requests, cfg.max_new_tokens)
             log.info("%s: %s", name, found)
             _require(name, found, cfg)
@@ -68,7 +68,7 @@ def run(paths: config.Paths, report: Path, cfg: ExportConfig) -> dict[str, Any]:
 
 
 def exporters(cfg: ExportConfig) -> dict[str, Callable[[Path, Path], None]]:
-    """By the folder in models."""
+    """Export function for each folder in models."""
     if cfg.device == "cpu":
         return {"onnx": onnx_export.export_portable, "fused": onnx_export.export_fused}
     fused = partial(onnx_export.export_fused, device="cuda", cuda_graph=cfg.cuda_graph)

@@ -1,6 +1,6 @@
-"""Stage `fetch`: bring the base model here.
+"""Stage `fetch`: download the base model, or copy it from a folder.
 
-Reads model.base; writes models/base: safetensors, tokenizer, source.json with the hash of what was fetched.
+Reads model.base; writes models/base: safetensors, tokenizer, source.json with the hash of the source file.
 """
 
 import logging

@@ -75,6 +75,6 @@ def test_help_says_what_a_stage_does_and_its_settings() -> None:
     """Hydra's own lists every folder as a group of settings: it took minutes, and told neither."""
     command = [sys.executable, "-m", "pipeline.score", "--help"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert said.startswith("How often the calls of any other model are right")
+    assert said.startswith("Score the calls of any other model")
     assert "\nscore:\n  replies: null\n" in said
     assert "\ntrain:" not in said

@@ -1,4 +1,4 @@
-"""The variants of a GPU, and the gate before their numbers: replies there must be those on the CPU.
+"""The variants for a GPU, and the gate before they are measured: their replies must equal those on the CPU.
 
 Imports nothing that needs a GPU.
 """
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from pipeline import files
 
-FOLDERS = {  # of models
+FOLDERS = {  # in the models' folder
     "torch-fp32": "tuned",
     "torch-fp16": "cuda/torch-fp16",
     "fused-fp16": "cuda/fused-fp16",
     "int8": "cuda/int8",
     "int4": "cuda/int4",
 }
-HELD = ("fused-fp16", "int8", "int4")  # by the grammar, with all techniques; the others answer as they are
+HELD = ("fused-fp16", "int8", "int4")  # use the grammar and all other techniques; the others decode plainly
 REFERENCE = "fused-fp16"  # quantized variants are compared with it, request by request
 
 
@@ -25,7 +25,7 @@ def same_reply_fraction(replies: Sequence[str], on_cpu: Sequence[str]) -> float:
 
 
 def require_parity(variant: str, fraction: float, least: float) -> None:
-    """Raises RuntimeError below `least`: some GPUs compute garbage, and fast (onnxruntime-genai#2291)."""
+    """Raises RuntimeError if `fraction` is below `least`: some GPUs compute garbage, fast (onnxruntime-genai#2291)."""
     if fraction < least:
         raise RuntimeError(
             f"{variant} gives the CPU's reply on {fraction:.2%} of the requests; "
@@ -34,9 +34,7 @@ def require_parity(variant: str, fraction: float, least: float) -> None:
 
 
 def require_evaluated(report: Path, gpu: str) -> None:
-    """Raises RuntimeError where `evaluate`, which holds the gate, has written nothing, or on another GPU than `gpu`, or
-    that too few replies are equal.
-    """
+    """Raises RuntimeError unless `evaluate` wrote `report` on this `gpu`, with enough replies equal to the CPU's."""
     first = f"first python -m pipeline.evaluate variant={report.stem} evaluate.device=cuda"
     if not report.exists():
         raise RuntimeError(f"no {report}: a GPU is measured once its replies were compared with the CPU's; {first}")

@@ -1,4 +1,4 @@
-"""Tools on offer, as data: a name, one line, and a JSON schema of the arguments."""
+"""Tools on offer, as data: a name, a description of one line, and a JSON schema of the arguments."""
 
 import json
 from collections import Counter
@@ -27,9 +27,9 @@ class Tool:
     parameters: dict[str, Any]  # a JSON schema of type object
 
     def fault(self, arguments: dict[str, Any]) -> str | None:
-        """What keeps `arguments` from fitting the schema, or None where they fit.
+        """Why `arguments` do not fit the schema, or None if they do.
 
-        Raises ValueError where the schema refers to what is not in it, or to itself without end.
+        Raises ValueError if the schema refers to something that is not in it, or to itself without end.
         """
         try:
             error = next(iter(_validator(json.dumps(self.parameters)).iter_errors(arguments)), None)
@@ -46,7 +46,7 @@ class Tool:
 
 
 def parse_tools(value: Any, where: str) -> tuple[Tool, ...]:
-    """Raises ValueError naming `where` and the tool that has no name, or no JSON schema, or a twin."""
+    """Raises ValueError naming `where` and the tool without a name or a valid JSON schema, or with another's name."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where}: expected a list of at least one tool, got {str(value)[:80]!r}")
     tools = tuple(_parse_tool(tool, f"{where}: tool {at}") for at, tool in enumerate(value, 1))
@@ -88,8 +88,8 @@ def _other_properties(validator: Any, wanted: Any, arguments: Any, schema: dict[
         )
 
 
-# A client's schema must not hold up the server: Python's regular expressions can take hours for a line. The grammar
-# holds a reply to `pattern`, in linear time.
+# A client's schema must not hold up the server: Python's regular expressions can take hours for one line. The grammar
+# enforces `pattern` in replies, in linear time.
 _Validator = extend(  # type: ignore[no-untyped-call]
     jsonschema.Draft202012Validator,
     {
@@ -97,12 +97,12 @@ _Validator = extend(  # type: ignore[no-untyped-call]
         "additionalProperties": _other_properties,
     },
 )
-_SHORT = 20_000  # characters of a schema
+_SHORT = 20_000  # characters of a schema whose validator is cached
 
 
 def _validator(schema: str) -> Any:
-    """Raises jsonschema's SchemaError where `schema` is none. Thousands of requests bring the same tools with them, and
-    to check a schema takes milliseconds; long ones would fill the memory.
+    """Cached, because a check takes milliseconds and thousands of requests bring the same tools; not for long schemas,
+    which would fill the memory. Raises jsonschema's SchemaError if `schema` is invalid.
     """
     return _kept_validator(schema) if len(schema) <= _SHORT else _new_validator(schema)
 
@@ -110,7 +110,7 @@ def _validator(schema: str) -> Any:
 def _new_validator(schema: str) -> Any:
     found = json.loads(schema)
     jsonschema.Draft202012Validator.check_schema(found)
-    return _Validator(found, registry=referencing.Registry())  # which fetches no address that a schema refers to
+    return _Validator(found, registry=referencing.Registry())  # fetches no URL that a schema refers to
 
 
 _kept_validator = lru_cache(512)(_new_validator)
