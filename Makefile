@@ -1,5 +1,5 @@
 # `make help` lists the targets.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 RUNTIME := $(if $(wildcard /proc/driver/nvidia/version),gpu,cpu)
@@ -13,11 +13,11 @@ help: ## list the targets
 install: $(VENV)/installed ## make .venv and install the pinned dependencies
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "No python3.11 found. On Debian or Ubuntu: apt install python3 python3-venv"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python found. On Debian 12 or Ubuntu 24.04: apt install python3 python3-venv"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
-	  || { echo "$(PYTHON) is $$($(PYTHON) -V); Python 3.11 is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	  || { echo "$(PYTHON) is $$($(PYTHON) -V); Python 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "Installing into $(VENV) (several minutes the first time) ..."
-	@$(PYTHON) -m venv $(VENV) || { echo "On Debian or Ubuntu: apt install python3-venv"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "On Debian or Ubuntu: apt install $(notdir $(PYTHON))-venv"; exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[$(RUNTIME),serve,dev]'
 ifeq ($(RUNTIME),gpu)
 	@# onnxruntime-genai asks for onnxruntime, whose files are those of onnxruntime-gpu without CUDA.
@@ -31,11 +31,10 @@ run: install ## go through every stage that is not up to date; with an NVIDIA dr
 ifeq ($(RUNTIME),gpu)
 	export PATH="$(CURDIR)/$(BIN):$$PATH"; dvc repro --keep-going pipeline/cuda/dvc.yaml; status=$$?; \
 	  dvc repro -f -s cost report && exit $$status
-	$(MAKE) best
 endif
 
-best: install ## train without the time limit, for a GPU: the DVC experiment `best`, the workspace stays as it is
-	PATH="$(CURDIR)/$(BIN):$$PATH" dvc exp run --temp -n best \
+best: install ## train without the time limit, best on a GPU, as the DVC experiment `best` (commit first)
+	PATH="$(CURDIR)/$(BIN):$$PATH" dvc exp run --temp -f -n best \
 	  -S prepare.requests=60000 -S train.epochs=2 -S train.frozen_layers=0 -S train.tokens_per_step=3000
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc exp diff HEAD best
 

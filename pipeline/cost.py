@@ -1,6 +1,6 @@
 """Stage `cost`: what a million tokens, a thousand calls and a day's traffic cost, on a rented machine and hosted.
 
-Reads reports/evaluate, reports/benchmark, both also of a GPU where they exist, and the prices in params; writes
+Reads reports/evaluate and reports/benchmark, also those of a GPU if they exist, and the prices in params.yaml; writes
 reports/cost.json.
 """
 
@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
@@ -31,12 +30,12 @@ class Machine:
     provider: str
     date: str
     source: str
-    gpus: list[str]  # NVML's names of what its one GPU may be; of a CPU machine none
+    gpus: list[str]  # NVML names that its one GPU may have; empty for a CPU machine
 
 
 @dataclass
 class Hosted:
-    """A larger model behind somebody's API. How often it is right is assumed, and the tokens of a call are too."""
+    """A larger model behind an API. Its share of exact calls and its tokens per call are assumed."""
 
     model: str
     usd_per_million_input_tokens: float
@@ -64,14 +63,14 @@ class Hosted:
 @dataclass
 class CostConfig:
     machine: str
-    gpu_machine: str | None  # None: the one that has the measured GPU
+    gpu_machine: str | None  # None: the machine that has the measured GPU
     machines: dict[str, Machine]
     utilisation: float
-    utilisations: list[float]  # beside it, to see what hangs on it
+    utilisations: list[float]  # other values, for comparison
     p95_limit_s: float
     tokens_per_day: int
     hosted: Hosted
-    thresholds: list[float]  # of confidence, below which a call is sent to the hosted model
+    thresholds: list[float]  # calls with a lower confidence go to the hosted model
 
     def __post_init__(self) -> None:
         on_gpu = self.gpu_machines()
@@ -103,7 +102,7 @@ def run(reports: Path, report: Path, cfg: CostConfig) -> dict[str, Any]:
     hosted = {
         **asdict(cfg.hosted),
         "usd_per_thousand_calls": 1000 * usd_per_call,
-        "break_even_calls_per_day": usd_per_day / usd_per_call if usd_per_call else None,  # with one whole machine
+        "break_even_calls_per_day": usd_per_day / usd_per_call if usd_per_call else None,  # against one whole machine
     }
     metrics = {
         "utilisation": cfg.utilisation,
@@ -123,9 +122,9 @@ def run(reports: Path, report: Path, cfg: CostConfig) -> dict[str, Any]:
 
 
 def to_pay(gpu: str, variants: dict[str, dict[str, Any]], cfg: CostConfig) -> dict[str, float]:
-    """Calls/s from which on a call costs less on the GPU machine than with each variant on cost.machine.
+    """Calls/s above which a call costs less on the GPU machine than with each variant on cost.machine.
 
-    Both as busy. From prices and the CPU's speed alone: whether the GPU is that fast has to be measured.
+    Both are equally busy. From prices and the CPU's speed alone: whether the GPU is that fast has to be measured.
     """
     ratio = cfg.machines[gpu].usd_per_hour / cfg.machines[cfg.machine].usd_per_hour
     return {name: ratio * found["most_calls_per_day"] / 86_400 for name, found in variants.items()}
@@ -138,7 +137,7 @@ def facts(machine: str, cfg: CostConfig) -> dict[str, Any]:
 
 
 def on_gpu(reports: Path, cpu_variants: dict[str, dict[str, Any]], cfg: CostConfig) -> dict[str, Any]:
-    """Prices on a GPU machine, and beside those of every variant on a CPU; nothing where no GPU was measured."""
+    """Prices on a GPU machine, and break-even with every variant on a CPU; empty if no GPU was measured."""
     measured = gpu_section.read(reports)["benchmark"]
     if not measured:
         return {}
@@ -162,9 +161,9 @@ def on_gpu(reports: Path, cpu_variants: dict[str, dict[str, Any]], cfg: CostConf
 
 
 def gpu_machine(gpu: str, cfg: CostConfig) -> str:
-    """cost.gpu_machine; where that is empty, the machine that names `gpu` among its gpus, letter for letter.
+    """cost.gpu_machine; if that is empty, the machine that lists exactly the name `gpu` in its gpus.
 
-    Raises ValueError where that is not exactly one: a part of a GPU, or a slower kind, has another price.
+    Raises ValueError unless one machine does: a part of a GPU, or a slower kind, has another price.
     """
     if cfg.gpu_machine is not None:
         return cfg.gpu_machine
@@ -180,7 +179,7 @@ def gpu_machine(gpu: str, cfg: CostConfig) -> str:
 def price_all(
     reports: Path, device: str, names: Sequence[str], machine: str, cfg: CostConfig
 ) -> dict[str, dict[str, Any]]:
-    """`device`: the folder of its reports in those of evaluate and benchmark. Savings are against BASELINE there."""
+    """`device`: subfolder in reports/evaluate and reports/benchmark. Savings are against BASELINE there."""
     evaluated, measured = reports / "evaluate" / device, reports / "benchmark" / device
     variants = {
         name: price(
@@ -205,10 +204,10 @@ def price(
     per_hour: float,
     cfg: CostConfig,
 ) -> dict[str, Any]:
-    """At the number of clients with the most calls a second whose p95 is within cost.p95_limit_s.
+    """Prices at the number of clients with the most calls/s among those whose p95 is within cost.p95_limit_s.
 
-    Where none is within, at the fewest clients; `within_p95_limit` says so. Calls and tokens have their share of a
-    machine's price; a day's traffic is on as many whole machines as it needs.
+    If none is, at the fewest clients, and `within_p95_limit` is false. Calls and tokens are charged their share of a
+    machine's price, a day's traffic the price of as many whole machines as it needs.
     """
     levels = benchmark["by_concurrency"]
     within = [level for level in levels if level["p95_s"] <= cfg.p95_limit_s]
@@ -246,7 +245,7 @@ def price(
     }
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     run(params.paths.reports, params.paths.reports / "cost.json", params.cost)

@@ -1,11 +1,11 @@
-"""Stage `evaluate`: how often the calls of a variant are right.
+"""Stage `evaluate`: how often a variant's calls are right.
 
 Reads the variant's model and data/prepared/test.jsonl; writes reports/evaluate/{variant}.json and
-the replies beside it. Any requests file can be scored: evaluate.requests=FILE.jsonl evaluate.out=FILE.json.
-Requests that come later in a conversation are scored apart, too: those in the file, and those of FILE-later.jsonl
-where it exists, as test-later.jsonl does.
-With evaluate.device=cuda: the models of bench/cuda.py and reports/evaluate/cuda/{variant}.json, which is only
-written where the replies are the CPU's.
+the replies beside it. Any file of requests can be scored: evaluate.requests=FILE.jsonl evaluate.out=FILE.json.
+Requests later in a conversation also get figures of their own: those in the file, and those in FILE-later.jsonl if
+it exists (here: test-later.jsonl).
+With evaluate.device=cuda: the models of bench/cuda.py and reports/evaluate/cuda/{variant}.json, which holds scores
+only if the replies agree with the CPU's.
 """
 
 import logging
@@ -15,7 +15,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -46,19 +45,19 @@ FOLDERS = {
     "int4": "int4",
 }
 KEYWORD = "keyword"
-HELD = ("fused-fp32", "int8", "int4")  # by the grammar, with all techniques; the others answer as they are
-BATCH = 16  # requests that are answered together where the runtime can
+HELD = ("fused-fp32", "int8", "int4")  # use the grammar and all other techniques; the rest decode greedily
+BATCH = 16  # requests answered together, if the runtime can
 REFERENCE = "fused-fp32"  # quantized variants are compared with it, request by request
-TOO_LONG = Answer(replies.OPENING, confidence=0.0)  # to a request that does not fit the context: no valid call
+TOO_LONG = Answer(replies.OPENING, confidence=0.0)  # for a request that does not fit the context: a malformed call
 
 
 @dataclass
 class EvaluateConfig:
     device: str
-    min_same_reply_fraction: float  # of the requests, on CUDA: replies that must be the CPU's
+    min_same_reply_fraction: float  # on CUDA: share of the replies that must equal the CPU's
     requests: Path
     out: Path | None  # empty: reports/evaluate/{variant}.json
-    base_requests: int  # how many of them, evenly spaced, the untuned base model answers: it writes long texts
+    base_requests: int  # for the untuned base model, evenly spaced; not all, because it writes long texts
     max_new_tokens: int
     threads: int
 
@@ -87,7 +86,7 @@ def run(paths: config.Paths, out: Path, variant: str, techniques: Techniques, cf
     requests = read_requests(cfg.requests, tools, cfg.base_requests if variant == BASE else None)
     every = [*requests, *([] if variant == BASE else read_later(cfg.requests, tools, requests))]
     log.info("%s: %d requests", variant, len(every))
-    # Each by itself: with int8 what an earlier request left in the KV cache would be rounded otherwise.
+    # No reuse of earlier requests' KV cache: with int8, rounding would depend on what it holds.
     use = replace(techniques, conversation_tokens=0) if variant in HELD or variant in cuda.HELD else PLAIN
     made = answers(paths, variant, every, use, cfg)
     metrics: dict[str, Any] = {"variant": variant}
@@ -118,7 +117,7 @@ def run(paths: config.Paths, out: Path, variant: str, techniques: Techniques, cf
 
 
 def read_later(path: Path, tools: tuple[Tool, ...], requests: Sequence[Request]) -> list[Request]:
-    """Of the file beside `path`; none where it is missing or empty. Raises ValueError for an id of `requests`."""
+    """Requests in FILE-later.jsonl; none if it is missing or empty. Raises ValueError for an id in `requests`."""
     more = beside(path)
     later = read_requests(more, tools) if more.exists() and more.stat().st_size else []
     if twins := {request.id for request in later} & {request.id for request in requests}:
@@ -129,9 +128,9 @@ def read_later(path: Path, tools: tuple[Tool, ...], requests: Sequence[Request])
 def score_all(
     requests: Sequence[Request], made: Sequence[Answer], apart: int
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row a request, and the ids of those that do not fit the context: malformed, also where no call is right.
+    """A row per request, and the ids of those that do not fit the context: malformed, even if no call is right.
 
-    The last rows, so many as are `apart`, say that they are not in the figures of the whole.
+    The last `apart` rows are marked `apart`: the overall figures leave them out.
     """
     rows = [row(request, answer) for request, answer in zip(requests, made, strict=True)]
     for at, found in enumerate(rows):
@@ -148,7 +147,7 @@ def parity(
     made: tuple[Sequence[Answer], Sequence[Answer]],
     settings: tuple[Techniques, EvaluateConfig],
 ) -> dict[str, Any]:
-    """`made`: on the GPU and on the CPU. Raises RuntimeError where too few are the same."""
+    """`made`: answers on the GPU and on the CPU. Raises RuntimeError if too few are equal."""
     least = settings[1].min_same_reply_fraction
     same = cuda.same_reply_fraction(*([answer.text for answer in side] for side in made))
     gate = {
@@ -158,7 +157,7 @@ def parity(
         "min_same_reply_fraction": least,
         "withheld": same < least,
     }
-    if gate["withheld"]:  # the share alone is left, and nothing of an earlier run, which may have passed
+    if gate["withheld"]:  # leave only the share, and nothing of an earlier run that may have passed
         out.with_suffix(".replies.jsonl").unlink(missing_ok=True)
         files.write_json(out, {"variant": variant, **gate, "provenance": provenance(settings)})
     cuda.require_parity(variant, same, least)
@@ -172,7 +171,7 @@ def gpu_name() -> str:
 
 
 def folder(paths: config.Paths, variant: str, cfg: EvaluateConfig) -> Path | None:
-    """Of its model; keyword has none."""
+    """Where the variant's model is; keyword has none."""
     if variant == KEYWORD:
         return None
     return paths.models / (cuda.FOLDERS if cfg.device == "cuda" else FOLDERS)[variant]
@@ -186,7 +185,7 @@ def answers(
     cfg: EvaluateConfig,
     on_cpu: bool = False,
 ) -> list[Answer]:
-    """`on_cpu`: of the model for `cfg.device`, but on the CPU."""
+    """`on_cpu`: the model for `cfg.device` is run on the CPU."""
     model = folder(paths, variant, cfg)
     if model is None:
         rules = parse_rules(files.read_json(paths.keywords), str(paths.keywords)) if paths.keywords.exists() else []
@@ -202,7 +201,7 @@ def answers(
 
 
 def last_words(request: Request) -> str:
-    """Of the user."""
+    """The user's last message."""
     return next(message["content"] for message in reversed(request.messages) if message["role"] == "user")
 
 
@@ -217,7 +216,7 @@ def alone(caller: ToolCaller, request: Request, max_new_tokens: int) -> Answer:
 def together(
     caller: ToolCaller, runtime: RowsRuntime, requests: Sequence[Request], cfg: EvaluateConfig
 ) -> list[Answer]:
-    """The same greedy replies, several at a time: alone, PyTorch takes a second and more for each."""
+    """The same greedy replies in batches: one by one, PyTorch takes over a second for each."""
     asked: dict[int, tuple[list[int], list[int]]] = {}
     found: dict[int, Answer] = {}
     for at, request in enumerate(requests):
@@ -241,28 +240,36 @@ def together(
 
 
 def compare(reference: Path, rows: Sequence[dict[str, Any]]) -> float | None:
-    """None where the reference was not scored on the same requests, as with a file of the user's own."""
-    if not reference.exists():
-        return None
-    other = {found["id"]: found for _, found in files.read_jsonl(reference)}
-    if not {row["id"] for row in rows} <= other.keys():
+    """McNemar's p-value; None if the reference was not scored on the same requests, as with a user's own file."""
+    theirs = on_same_requests(reference, rows)
+    if theirs is None:
         return None
     exact = score.Outcome.EXACT
-    return mcnemar_p([other[row["id"]]["outcome"] == exact for row in rows], [row["outcome"] == exact for row in rows])
+    return mcnemar_p([found["outcome"] == exact for found in theirs], [row["outcome"] == exact for row in rows])
 
 
 def different(other: Path, rows: Sequence[dict[str, Any]]) -> list[str] | None:
-    """Ids of the requests whose replies differ though decoding left the likeliest next tokens as they are.
+    """Ids of requests whose replies differ though neither grammar nor candidate calls changed the greedy reply.
 
-    None where the other variant was not scored on them.
+    None if the other variant was not scored on the same requests.
     """
-    if not other.exists():
+    theirs = on_same_requests(other, rows)
+    if theirs is None:
         return None
-    texts = {found["id"]: found["reply"] for _, found in files.read_jsonl(other)}
-    return [row["id"] for row in rows if not row["changed"] and row["reply"] != texts.get(row["id"])]
+    pairs = zip(theirs, rows, strict=True)
+    return [row["id"] for found, row in pairs if not row["changed"] and row["reply"] != found["reply"]]
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+def on_same_requests(replies: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """Another variant's rows, in the order of `rows`; ids alone would match requests that were edited since."""
+    if not replies.exists():
+        return None
+    found = {(row["id"], row["request"]): row for _, row in files.read_jsonl(replies)}
+    asked = [(row["id"], row["request"]) for row in rows]
+    return [found[one] for one in asked] if set(asked) <= found.keys() else None
+
+
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     folder = params.paths.reports / ("evaluate" if params.evaluate.device == "cpu" else "evaluate/cuda")

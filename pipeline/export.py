@@ -2,18 +2,18 @@
 
 Reads models/tuned and test prompts; writes models/onnx (optimum's portable graph), models/fused
 (GroupQueryAttention) and reports/export.json. A difference over the limit fails the stage.
-With export.device=cuda, which needs no GPU: models/cuda/fused-fp16, models/cuda/torch-fp16 (the weights
-alone, for PyTorch) and reports/export/cuda.json.
+With export.device=cuda (no GPU needed) it writes models/cuda/fused-fp16, models/cuda/torch-fp16 (only
+weights, for PyTorch) and reports/export/cuda.json.
 """
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 @dataclass
 class ExportConfig:
     device: str
-    cuda_graph: bool  # on CUDA, replay steps of one token as a CUDA graph
-    prompts: int  # test requests to compare on
-    max_logit_difference: float  # the largest over all positions of the prompts
+    cuda_graph: bool  # on CUDA, replay one-token steps as a CUDA graph
+    prompts: int  # test requests on which the models are compared
+    max_logit_difference: float  # allowed, over all positions of the prompts
     max_logit_difference_fp16: float
     min_same_reply_fraction: float
     max_new_tokens: int
@@ -49,13 +49,16 @@ class Params:
     export: ExportConfig
 
 
-def run(tuned: Path, requests_file: Path, models: Path, report: Path, cfg: ExportConfig) -> dict[str, Any]:
-    requests = [parse_request(value, (), where) for where, value in files.read_spread(requests_file, cfg.prompts)]
+def run(paths: config.Paths, report: Path, cfg: ExportConfig) -> dict[str, Any]:
+    tuned, models = paths.models / "tuned", paths.models
+    rows = files.read_spread(paths.prepared / "test.jsonl", cfg.prompts)
+    requests = [parse_request(value, (), where) for where, value in rows]
     metrics: dict[str, Any] = {}
     for name, export in exporters(cfg).items():
         log.info("exporting models/%s", name)
         with files.whole_folder(models / name) as folder:
             export(tuned, folder)
+            shutil.copy(paths.tools, folder / "tools.json")  # the tools the model was trained to call
             found = agreement.parity(tuned, folder, requests, cfg.max_new_tokens)
             log.info("%s: %s", name, found)
             _require(name, found, cfg)
@@ -65,7 +68,7 @@ def run(tuned: Path, requests_file: Path, models: Path, report: Path, cfg: Expor
 
 
 def exporters(cfg: ExportConfig) -> dict[str, Callable[[Path, Path], None]]:
-    """By the folder in models."""
+    """Export function for each folder in models."""
     if cfg.device == "cpu":
         return {"onnx": onnx_export.export_portable, "fused": onnx_export.export_fused}
     fused = partial(onnx_export.export_fused, device="cuda", cuda_graph=cfg.cuda_graph)
@@ -86,12 +89,11 @@ def _require(name: str, found: dict[str, Any], cfg: ExportConfig) -> None:
         )
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
-    models, reports = params.paths.models, params.paths.reports
-    report = reports / ("export.json" if params.export.device == "cpu" else "export/cuda.json")
-    run(models / "tuned", params.paths.prepared / "test.jsonl", models, report, params.export)
+    report = params.paths.reports / ("export.json" if params.export.device == "cpu" else "export/cuda.json")
+    run(params.paths, report, params.export)
 
 
 if __name__ == "__main__":

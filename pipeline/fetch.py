@@ -1,13 +1,12 @@
-"""Stage `fetch`: bring the base model here.
+"""Stage `fetch`: download the base model, or copy it from a folder.
 
-Reads model.base; writes models/base: safetensors, tokenizer, source.json with the hash of what was fetched.
+Reads model.base; writes models/base: safetensors, tokenizer, source.json with the hash of the source file.
 """
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
@@ -33,7 +32,7 @@ def run(out: Path, cfg: config.ModelConfig) -> None:
     log.info("%.1f million parameters in %s", model.num_parameters() / 1e6, out)
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     run(params.paths.models / "base", params.model)

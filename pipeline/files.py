@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, then moved into it."""
+"""Files that are whole or absent: written under a temporary name, then renamed."""
 
 import hashlib
 import json
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ONE_FILE = "1TB"  # max_shard_size of save_pretrained: all else reads model.safetensors
+ONE_FILE = "1TB"  # max_shard_size of save_pretrained: the other stages read one model.safetensors
 
 
 def read_json(path: Path) -> Any:
-    """Raises ValueError naming the file, line and column where it is no JSON."""
+    """Raises ValueError naming the file, line and column if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -22,7 +22,7 @@ def read_json(path: Path) -> Any:
 def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """Each line's place (`file:line`, for error messages) and value; blank lines are skipped.
 
-    Raises ValueError naming the file and line that is no JSON.
+    Raises ValueError naming the file and line that is not JSON.
     """
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -35,7 +35,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def read_spread(path: Path, n: int) -> list[tuple[str, Any]]:
-    """At most `n` lines as of read_jsonl, evenly spaced: a file in order of category gives each its share."""
+    """At most `n` rows of read_jsonl, evenly spaced: if the file is sorted by category, each has its share."""
     rows = list(read_jsonl(path))
     return [rows[at * len(rows) // n] for at in range(n)] if n < len(rows) else rows
 
@@ -60,7 +60,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill; it takes the place of `path` when the block ends without an error."""
+    """A new folder to fill; it replaces `path` when the block ends without an error."""
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

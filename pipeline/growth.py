@@ -1,11 +1,11 @@
-"""How a call's time and memory grow, beside what arithmetic and memory bandwidth allow at best. No stage.
+"""How a call's time and memory grow, beside the limits of arithmetic and memory bandwidth. Not a stage.
 
     python -m pipeline.growth                            all three parts, in about 10 minutes on two cores
-    python -m pipeline.growth 'growth.parts=[clients]'   some; of the others what was measured before stays
+    python -m pipeline.growth 'growth.parts=[clients]'   some; earlier measurements of the others are kept
 
-prompt: a call, and its memory, by tokens of the request, behind the tools' kept prefix; a fixed number of new tokens.
-clients: calls/s and p95 on test requests, by clients whose requests are decoded together, as `benchmark` does.
-sizes: a call of fixed lengths at the shapes of larger models. Speed only, random weights.
+prompt: a call's time and memory by the request's tokens, after the tools' cached prefix; fixed number of new tokens.
+clients: calls/s and p95 on test requests by number of clients, decoded together as in the stage `benchmark`.
+sizes: calls of fixed lengths with the shapes of larger models. Speed only: the weights are random.
 Writes reports/growth.json after each part, and growth-*.png; the stage `report` shows both.
 """
 
@@ -20,7 +20,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import psutil
 from numpy.typing import NDArray
@@ -43,13 +42,13 @@ from pipeline.toolcall.conversation import parse_request
 from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool, parse_tools
 
-# What is imported here every measured process imports, and its memory counts as the model's: no PyTorch, no matplotlib.
+# Every measured process imports this module, and its memory counts as the model's: no PyTorch, no matplotlib here.
 
 log = logging.getLogger(__name__)
 
 PARTS = ("prompt", "clients", "sizes")
 QUANTIZED = ("int8", "int4")
-PLAINLY = {"algorithm": "rtn", "eight_bit_products": 0, "tuning_steps": 0}  # of random weights no rounding keeps more
+PLAINLY = {"algorithm": "rtn", "eight_bit_products": 0, "tuning_steps": 0}  # no other rounding helps random weights
 FILLER = "The morning was calm, and people went about their work as they did on any other day. "
 QUESTION = "Now search for TODO in src."
 
@@ -58,23 +57,21 @@ QUESTION = "Now search for TODO in src."
 class GrowthConfig:
     parts: list[str]
     threads: int
-    prompt_tokens: list[int]  # of the request, which no cache holds
+    prompt_tokens: list[int]  # lengths of the request, which is not cached
     clients: list[int]
     shapes: list[str]
-    prefix_tokens: int  # of the sizes' calls, as request_tokens
+    prefix_tokens: int  # for part `sizes`, like request_tokens
     request_tokens: int
-    new_tokens: int  # of calls of fixed lengths
+    new_tokens: int  # for parts `prompt` and `sizes`
     warmup_calls: int
-    calls: int  # a measure lasts until so many are made ...
-    min_s: float  # ... and so much time is over
+    calls: int  # a measurement makes at least this many ...
+    min_s: float  # ... and lasts at least this long
 
     def __post_init__(self) -> None:
         for part in self.parts:
             config.require_one_of("growth.parts", part, PARTS)
-        for tokens in self.prompt_tokens:
-            config.require_range("growth.prompt_tokens", tokens, 32, 100_000)
-        for clients in self.clients:
-            config.require_range("growth.clients", clients, 1, 10_000)
+        config.require_ranges("growth.prompt_tokens", self.prompt_tokens, 32, 100_000)
+        config.require_ranges("growth.clients", self.clients, 1, 10_000)
         for shape in self.shapes:
             config.require_one_of("growth.shapes", shape, list(SHAPES))
         config.require_range("growth.threads", self.threads, 1, 1024)
@@ -89,8 +86,8 @@ class GrowthConfig:
 class Params:
     paths: config.Paths
     techniques: Techniques
-    benchmark: BenchmarkConfig  # requests, how many are answered together, calls of a client
-    quantize: dict[str, Any]  # settings of int8 and int4, for the sizes
+    benchmark: BenchmarkConfig  # requests, how many are decoded together, calls per client
+    quantize: dict[str, Any]  # settings of int8 and int4, for part `sizes`
     growth: GrowthConfig
 
 
@@ -129,13 +126,13 @@ def measure_machine(threads: int) -> Machine:
 
 
 def apart(work: Callable[..., Any], *arguments: Any) -> Any:
-    """In a process of its own: what one leaves in memory is not the next one's."""
+    """Run `work` in its own process, so that no memory is left over from the one before."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(work, *arguments).result()
 
 
 def by_prompt(paths: config.Paths, cfg: GrowthConfig, machine: Machine) -> dict[str, Any]:
-    """Raises ValueError, before anything is measured, where a call would not fit the model's context."""
+    """Raises ValueError, before anything is measured, if a call would not fit the model's context."""
     tools = parse_tools(files.read_json(paths.tools), str(paths.tools))
     folders = {variant: paths.models / FOLDERS[variant] for variant in HELD}
     tokenizer = Tokenizer(folders["int8"])
@@ -165,14 +162,14 @@ def _require_context(folder: Path, needed: int) -> None:
 
 
 def request_of(tokens: int, tokenizer: Any, tools: Sequence[Tool]) -> list[int]:
-    """A request of exactly so many tokens: text that says nothing, cut in its middle, and a question."""
+    """A request of exactly `tokens` tokens: filler text, cut in its middle, and a question."""
     asked = prompt.request_tokens(tokenizer, [{"role": "user", "content": FILLER * tokens + QUESTION}], tools)
     return asked[: tokens // 2] + asked[tokens // 2 - tokens :]
 
 
 def measure(folder: Path, prefix: list[int], asked: list[int], cfg: GrowthConfig) -> dict[str, Any]:
-    """A fused model, in a process of its own: memory is the whole process's."""
-    # As long as the call needs, also where that is more than a server's; of this process alone.
+    """Time a fused model. To be run in its own process: the memory is the whole process's."""
+    # As long as the call needs, which may be more than a server's; set in this process only.
     ort.BUFFER_TOKENS = len(prefix) + len(asked) + cfg.new_tokens + LONGEST_DRAFT
     runtime = ort.FusedRuntime(folder, cfg.threads, prefixes=1)
     for _ in range(cfg.warmup_calls):
@@ -217,7 +214,7 @@ def by_clients(params: Params, machine: Machine) -> dict[str, Any]:
 
 
 class Counted:
-    """A runtime, and what was asked of it."""
+    """A runtime that counts its steps, their tokens and the rows of logits kept."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime, self.context_tokens = runtime, runtime.context_tokens
@@ -235,10 +232,10 @@ class Counted:
 
 
 def answer_clients(folder: Path, params: Params) -> dict[str, Any]:
-    """In a process of its own: calls one by one, of which it is counted what they ask of the model, then of clients."""
+    """To be run in its own process: calls one by one, counting the model's work, then those of many clients."""
     paths, cfg, benchmark = params.paths, params.growth, params.benchmark
 
-    use = replace(params.techniques, conversation_tokens=0)  # the same requests come again and again
+    use = replace(params.techniques, conversation_tokens=0)  # the same requests are repeated
 
     def load(together: int) -> ToolCaller:
         return ToolCaller.load(folder, paths.tools, "cpu", cfg.threads, use, together)
@@ -287,7 +284,7 @@ def by_size(params: Params, shapes: dict[str, Shape], machine: Machine) -> dict[
     return found
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     run(config.load(raw, Params), SHAPES)
 

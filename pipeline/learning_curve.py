@@ -1,13 +1,13 @@
-"""How often calls are right, by the number of training requests and by the training's seed. No stage.
+"""Exact calls by the number of training requests and by the training's seed. Not a stage.
 
-    python -m pipeline.learning_curve                              hours: each is a training of its own
+    python -m pipeline.learning_curve                              hours: each point is a training
     python -m pipeline.learning_curve 'learning_curve.seeds=[]'    only the numbers of requests
 
-Beside the default run, whose models are there, each trial is prepared, trained, exported and scored in a folder of its
-own under models, which goes when its row is in reports/learning_curve.json. What was done with equal settings, data and
-base model is not done again, and an interrupted training goes on. Numbers of requests are scored on the validation
-requests written by hand, from which one is chosen; seeds of the default number on the test too. Also writes
-learning-curve.png; the stage `report` shows both.
+The default run is scored from its existing models; each other trial is prepared, trained, exported and scored in its
+own folder under models, which is removed after scoring. Rows go to reports/learning_curve.json. A trial already done
+with the same settings, data and base model is not repeated, and an interrupted training goes on. Every trial is scored
+on the hand-written validation requests, which serve to choose the number; those with the default number also on the
+test. Also writes learning-curve.png; the stage `report` shows both.
 """
 
 import hashlib
@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -39,8 +38,8 @@ SCORES = ("n", "exact_call_fraction", "exact_call_ci95")
 
 @dataclass
 class LearningCurveConfig:
-    requests: list[int]  # to make, as prepare.requests; its own is measured too
-    seeds: list[int]  # as train.seed; its own is measured too
+    requests: list[int]  # values of prepare.requests; the one in params.yaml is measured too
+    seeds: list[int]  # values of train.seed; the one in params.yaml is measured too
 
     def __post_init__(self) -> None:
         for n in self.requests:
@@ -63,8 +62,8 @@ class Trial:
 
 
 def run(params: Params, overrides: list[str]) -> dict[str, Any]:
-    """Raises FileNotFoundError or ValueError where models/fused is not of these settings, CalledProcessError where a
-    stage of a trial failed: its own message stands above.
+    """Raises FileNotFoundError or ValueError if models/fused was not made with these settings, CalledProcessError if a
+    stage of a trial failed: its own message is printed above.
     """
     paths, default = params.paths, Trial(params.prepare.requests, params.train.seed)
     report = paths.reports / "learning_curve.json"
@@ -81,8 +80,11 @@ def run(params: Params, overrides: list[str]) -> dict[str, Any]:
         if any(row["requests"] == trial.requests and row["seed"] == trial.seed for row in found["rows"]):
             log.info("%s was done before", trial)
             continue
-        found["rows"].append(row(params, trial, on_test=trial.requests == default.requests, overrides=overrides))
+        folder = paths.models / "learning_curve" / f"{trial.requests}-{trial.seed}"
+        on_test = trial.requests == default.requests
+        found["rows"].append(row(params, trial, folder, on_test=on_test, overrides=overrides))
         save(found, report)
+        shutil.rmtree(folder)
     return found
 
 
@@ -92,7 +94,7 @@ def save(found: dict[str, Any], report: Path) -> None:
 
 
 def inputs_sha256(params: Params) -> str:
-    """Of all that the trials have in common: the base by its source.json, which has the hash of its weights."""
+    """Hash of the inputs that all trials share; the base model's source.json contains the hash of its weights."""
     read = [params.paths.models / "base/source.json", params.paths.tools, *requests_files(params.paths.requests)]
     text = json.dumps(
         {
@@ -126,10 +128,9 @@ def default_row(params: Params, default: Trial, overrides: list[str]) -> dict[st
     return row_of(default, paths.reports / "train.json", exact, on_test)
 
 
-def row(params: Params, trial: Trial, on_test: bool, overrides: list[str]) -> dict[str, Any]:
-    """Trains; the folder stays where that fails or is interrupted, and the next try goes on in it."""
+def row(params: Params, trial: Trial, folder: Path, on_test: bool, overrides: list[str]) -> dict[str, Any]:
+    """Train and score one trial. If it fails or is interrupted, its folder stays and the next run goes on in it."""
     paths = params.paths
-    folder = paths.models / "learning_curve" / f"{trial.requests}-{trial.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "base").is_symlink():
         (folder / "base").symlink_to((paths.models / "base").resolve(), target_is_directory=True)
@@ -141,16 +142,14 @@ def row(params: Params, trial: Trial, on_test: bool, overrides: list[str]) -> di
         stage(name, [*overrides, *own])
     exact = score(prepared / "validation-hand.jsonl", folder / "exact.json", [*overrides, *own])
     tested = score(prepared / "test.jsonl", folder / "exact-test.json", [*overrides, *own]) if on_test else None
-    made = row_of(trial, folder / "train.json", exact, tested)
-    shutil.rmtree(folder)
-    return made
+    return row_of(trial, folder / "train.json", exact, tested)
 
 
 def row_of(trial: Trial, train: Path, exact: dict[str, Any], on_test: dict[str, Any] | None) -> dict[str, Any]:
     trained = files.read_json(train)
     return {
         **asdict(trial),
-        "commit": trained["provenance"]["commit"],  # the default run's may be another than this one's
+        "commit": trained["provenance"]["commit"],  # the default run's may differ from the current one
         "train_requests": trained["train_requests"],
         "steps": trained["steps"],
         "train_s": trained["train_s"],
@@ -169,7 +168,7 @@ def stage(name: str, overrides: list[str]) -> None:
     subprocess.run([sys.executable, "-m", f"pipeline.{name}", *overrides], check=True)  # noqa: S603
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     given = [text for text in HydraConfig.get().overrides.task if not text.startswith("learning_curve.")]
     run(config.load(raw, Params), given)

@@ -1,4 +1,4 @@
-"""Load and faults against a served model: overhead, endurance, overload, broken requests, stopping. No stage.
+"""Load and fault tests of the server: overhead, endurance, overload, malformed requests, stopping. Not a stage.
 
 python -m pipeline.load_test serve.model=models/int8          writes reports/serving.json, in about 12 minutes
 """
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import hydra
 import numpy as np
 import psutil
 from omegaconf import DictConfig
@@ -57,7 +56,7 @@ class Params:
 
 
 class Served:
-    """The server as a process of its own."""
+    """The server in its own process."""
 
     def __init__(self, cfg: ServeConfig) -> None:
         self.url = f"http://127.0.0.1:{cfg.port}"
@@ -82,12 +81,12 @@ class Served:
         return int(psutil.Process(self.process.pid).memory_info().rss)
 
     def end(self, number: signal.Signals) -> int:
-        os.kill(self.process.pid, number)
+        self.process.send_signal(number)  # nothing, if it has ended already
         return self.process.wait(60)
 
 
 def overrides(cfg: ServeConfig) -> list[str]:
-    """All of `cfg` in Hydra's grammar, but for the host: the server is asked from this machine alone."""
+    """All of `cfg` in Hydra's grammar, but with the loopback host: the clients are on this machine."""
     settings = asdict(replace(cfg, host="127.0.0.1")).items()
     return [f"serve.{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in settings]
 
@@ -114,7 +113,7 @@ def run(paths: config.Paths, report: Path, serve: ServeConfig, cfg: LoadTestConf
 
 
 def overhead_p50_s(paths: config.Paths, serve: ServeConfig, cfg: LoadTestConfig, requests: list[Request]) -> float:
-    """Median, over requests, of what the server adds to the same call in this process, asked in turn."""
+    """Median over requests: the server's time minus that of the same call in this process, measured in turn."""
     some = requests[:: max(1, len(requests) // cfg.overhead_requests)][: cfg.overhead_requests]
     caller = ToolCaller.load(serve.model, paths.tools, serve.device, serve.threads)
     served = Served(serve)
@@ -130,7 +129,7 @@ def overhead_p50_s(paths: config.Paths, serve: ServeConfig, cfg: LoadTestConfig,
 
 
 def post(client: httpx.Client, content: dict[str, Any]) -> None:
-    """Raises httpx.HTTPStatusError: a refusal is fast, but no reply."""
+    """Raises httpx.HTTPStatusError for a refusal: it is fast, but no reply."""
     client.post("/v1/messages", json=content).raise_for_status()
 
 
@@ -147,11 +146,11 @@ def body(request: Request, max_new_tokens: int, before: str = "") -> dict[str, A
     tools = [
         {"name": tool.name, "description": tool.description, "input_schema": tool.parameters} for tool in request.tools
     ]
-    messages = [{"role": "user", "content": before + message["content"]} for message in request.messages]
+    messages = [{"role": "user", "content": before + request.messages[-1]["content"]}]
     return {"model": "tool-caller", "max_tokens": max_new_tokens, "messages": messages, "tools": tools}
 
 
-Answered = tuple[int, float]  # status, seconds; 0: no answer
+Answered = tuple[int, float]  # HTTP status, 0 without an answer; seconds
 
 
 async def ask(client: httpx.AsyncClient, request: Request, cfg: LoadTestConfig, before: str = "") -> Answered:
@@ -164,17 +163,18 @@ async def ask(client: httpx.AsyncClient, request: Request, cfg: LoadTestConfig, 
 
 
 async def endurance(served: Served, serve: ServeConfig, cfg: LoadTestConfig, requests: list[Request]) -> dict[str, Any]:
-    """Clients that each send their next request when the last is answered; memory after a minute and at the end."""
+    """Each client sends its next request once the last is answered; memory after a minute and at the end."""
     del serve
     answers: list[Answered] = []
-    end = time.perf_counter() + cfg.endurance_s
+    start = time.perf_counter()
+    end = start + cfg.endurance_s
     rss: list[int] = []
 
     async def client(number: int) -> None:
         rng = random.Random(number)
         async with httpx.AsyncClient(base_url=served.url, timeout=120) as http:
             while time.perf_counter() < end:
-                # None comes twice: what the server keeps of conversations would answer it.
+                # Each is unique: the server's KV cache of recent conversations would speed up a repetition.
                 answers.append(await ask(http, rng.choice(requests), cfg, f"{len(answers)}.{number}: "))
 
     async def watch() -> None:
@@ -184,12 +184,13 @@ async def endurance(served: Served, serve: ServeConfig, cfg: LoadTestConfig, req
             await asyncio.sleep(1)
 
     await asyncio.gather(watch(), *(client(number) for number in range(cfg.clients)))
+    took_s = time.perf_counter() - start
     seconds = [took for status, took in answers if status == 200]
     return {
         "clients": cfg.clients,
         "requests": len(answers),
         "errors": sum(status != 200 for status, _ in answers),
-        "calls_per_s": len(seconds) / cfg.endurance_s,
+        "calls_per_s": len(seconds) / took_s,
         "reply_s": {"p50": float(np.median(seconds)), "p95": float(np.percentile(seconds, 95))} if seconds else None,
         "rss_bytes": rss[-1],
         "rss_growth_fraction": rss[-1] / rss[0] - 1,
@@ -197,9 +198,9 @@ async def endurance(served: Served, serve: ServeConfig, cfg: LoadTestConfig, req
 
 
 async def overload(served: Served, serve: ServeConfig, cfg: LoadTestConfig, requests: list[Request]) -> dict[str, Any]:
-    """Everybody at once: what is over the queue's length must be refused, and soon.
+    """All clients at once: requests beyond the queue's length must be refused, and soon.
 
-    Plain sockets: a client of 200 requests in Python takes seconds of the processor that the server needs.
+    Plain sockets: for 200 requests an HTTP client in Python takes seconds of the CPU time that the server needs.
     """
     port = serve.port
     opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(cfg.overload_clients)]
@@ -238,7 +239,7 @@ def _http_post(value: dict[str, Any], port: int) -> bytes:
 
 
 async def malformed(served: Served, serve: ServeConfig, cfg: LoadTestConfig, requests: list[Request]) -> dict[str, Any]:
-    """Valid requests with a few bytes changed, removed or doubled."""
+    """Valid requests with a few bytes replaced, removed or inserted."""
     del serve
     rng = random.Random(0)
     statuses: Counter[int] = Counter()
@@ -268,7 +269,7 @@ async def drain(served: Served, cfg: LoadTestConfig, requests: list[Request]) ->
     return {"drained_lost": lost, "drained_answered": statuses.count(200), "exit_code": code}
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     run(params.paths, params.paths.reports / "serving.json", params.serve, params.load_test)

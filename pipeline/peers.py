@@ -1,10 +1,11 @@
-"""Other runtimes beside ours: the same weights, the same requests, in one run. No stage.
+"""Measure other runtimes beside ours: the same weights, the same requests, in one run. Not a stage.
 
     make peers                                  all of them
     python -m pipeline.peers peers.names=[llama.cpp-Q8_0] peers.requests=3
 
-Each runs in a process of its own (pipeline/peer/), greedily, with a prefix cache and a grammar where it has them. Its
-replies in full precision must agree with ours; one that does not, or cannot be installed, is left out with the reason.
+Each peer runs in its own process (pipeline/peer/) and decodes greedily, with a prefix cache and a grammar if it has
+them. Its replies in full precision must agree with ours; a peer whose replies do not, or that cannot be installed, is
+left out, and the report says why.
 Writes reports/peers.json, peers.md and peers.png, and the peers' models into models/peers.
 """
 
@@ -20,7 +21,6 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
@@ -42,9 +42,9 @@ from pipeline.toolcall.tool import Tool
 log = logging.getLogger(__name__)
 
 SCRIPTS = Path(__file__).with_name("peer")
-REFERENCE = "torch-fp32"  # whose replies those of a peer in full precision must agree with
+REFERENCE = "torch-fp32"  # our variant, whose replies a peer's full-precision replies must agree with
 CLIENTS = 20
-# llama.cpp, built for AMX, was seen to end with a segmentation fault on prompts longer than one token.
+# llama.cpp built for AMX was seen to crash (segmentation fault) on prompts longer than one token.
 WITHOUT_AMX = (
     "-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=ON "
     "-DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON"
@@ -57,8 +57,8 @@ OPENVINO = ("openvino-genai==2026.4.1.0", "numpy==2.4.6")
 class Peer:
     script: str
     weights: str  # a GGUF type, a precision of onnxruntime-genai's builder, or a folder of models
-    full: str  # weights to check its replies with
-    packages: tuple[str, ...] = ()  # of its own environment; none: the project's
+    full: str  # full-precision weights, to check its replies with
+    packages: tuple[str, ...] = ()  # for its own environment; empty: it uses the project's
     grammar: bool = False
     compile: bool = False
 
@@ -88,7 +88,7 @@ class PeersConfig:
     names: list[str]
     environments: Path
     requests: int | None  # empty: benchmark.requests
-    check_requests: int  # of them, to compare replies in full precision on
+    check_requests: int  # how many of them to compare full-precision replies on
     min_same_reply_fraction: float
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ class Workshop:
         self._models.mkdir(parents=True, exist_ok=True)
 
     def python(self, peer: Peer) -> str:
-        """Of its environment, which is made where it is absent or holds other versions."""
+        """The interpreter of its environment, which is made anew if absent or of other versions."""
         if not peer.packages:
             return sys.executable
         folder = self._environments / peer.script
@@ -152,7 +152,7 @@ class Workshop:
         return "int4: block 32, accuracy_level 4" if peer.weights == "int4" else ""
 
     def model(self, peer: Peer, weights: str) -> Path:
-        """Made anew in each run: the tuned model may be another."""
+        """The model's path; made anew in each run, as the tuned model may have changed."""
         if weights in ("onnx", "tuned"):
             return self._paths.models / weights
         if weights not in self._made:
@@ -173,7 +173,7 @@ class Workshop:
         else:
             try:
                 export_gguf(tuned, out, weights)
-            except ValueError as why:  # of a model that it does not know
+            except ValueError as why:  # the export does not support this model
                 raise LeftOutError(str(why)) from why
         return out
 
@@ -233,7 +233,7 @@ def run(paths: config.Paths, techniques: Techniques, benchmark: BenchmarkConfig,
 
 
 def read_requests(path: Path, n: int, benchmark: BenchmarkConfig) -> Iterator[list[Request]]:
-    """To warm up with, to ask one by one, and to ask from many clients; none twice where the file holds enough."""
+    """Requests for warm-up, for one client and for many; none repeats if the file holds enough."""
     sizes = (benchmark.warmup_calls, n, CLIENTS * benchmark.calls_per_client)
     read = files.read_spread(path, sum(sizes))
     found = [parse_request(value, (), where) for where, value in read]
@@ -243,7 +243,7 @@ def read_requests(path: Path, n: int, benchmark: BenchmarkConfig) -> Iterator[li
 
 
 def work_of(sets: dict[str, list[Request]], tokenizer: Tokenizer, benchmark: BenchmarkConfig) -> dict[str, Any]:
-    """What every script gets (pipeline/peer/harness.py), with grammars."""
+    """The work that every script gets (pipeline/peer/harness.py), grammars included."""
     asked = {name: [_asked(request, tokenizer, benchmark) for request in requests] for name, requests in sets.items()}
     longest = max(len(one["prompt"]) for some in asked.values() for one in some) + benchmark.max_new_tokens
     return {
@@ -278,7 +278,7 @@ def beside(
     scored: "Scored",
     cfg: PeersConfig,
 ) -> dict[str, Any]:
-    """Raises LeftOutError where the peer fails, or its replies in full precision are not ours."""
+    """Raises LeftOutError if the peer fails, or its full-precision replies do not agree with ours."""
     script = [workshop.python(peer), str(SCRIPTS / f"{peer.script}.py")]
     work = work | {"build": workshop.flags(peer), "compile": peer.compile}
     few = {
@@ -307,13 +307,13 @@ def beside(
 
 
 class Scored:
-    """The requests, to score replies to them."""
+    """Scores replies to the requests."""
 
     def __init__(self, requests: Sequence[Request], tokenizer: Tokenizer) -> None:
         self._requests, self._tokenizer = requests, tokenizer
 
     def figures(self, found: dict[str, Any]) -> dict[str, Any]:
-        """What reports/peers.json says of a runtime, from what its script measured."""
+        """A runtime's entry in reports/peers.json, from its script's measurements."""
         replies = found["replies"]
         exact = [
             row(request, Answer(self.text(reply["tokens"], request.tools)))["outcome"] == Outcome.EXACT
@@ -329,7 +329,7 @@ class Scored:
         }
 
     def text(self, tokens: Sequence[int], tools: Sequence[Tool]) -> str:
-        """A reply as the project has it: a call in it as JSON."""
+        """A reply's text, with a call in it as JSON."""
         end = self._tokenizer.eos_token_id
         text = self._tokenizer.decode([token for token in tokens if token != end])
         call = compact.read(text, tools)
@@ -358,7 +358,7 @@ def _call(command: Sequence[str], environment: dict[str, str] | None = None) -> 
         raise LeftOutError(f"{what} ended with {done.returncode}: {lines[-1] if lines else 'no word'}")
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     run(params.paths, params.techniques, params.benchmark, params.peers)

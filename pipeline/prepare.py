@@ -1,8 +1,8 @@
 """Stage `prepare`: make training requests from phrasings, and check those written by hand.
 
-Reads data/tools.json and data/requests; writes {train,validation}.jsonl, {test,validation-hand}.jsonl and, of later
-requests, {test,validation-hand}-later.jsonl in data/prepared, and reports/prepare.json. Where paths.requests is one
-file, a user's own, it is split instead. What a later stage would refuse is refused here.
+Reads data/tools.json and data/requests; writes reports/prepare.json and, in data/prepared, {train,validation}.jsonl,
+{test,validation-hand}.jsonl and, for requests later in a conversation, {test,validation-hand}-later.jsonl. If
+paths.requests is a single file (a user's own), it is split instead. Input that a later stage would refuse fails here.
 """
 
 import json
@@ -16,7 +16,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import hydra
 from llguidance import LLTokenizer
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -35,12 +34,12 @@ from pipeline.toolcall.tool import Tool, find_tool, parse_tools
 log = logging.getLogger(__name__)
 
 HAND_WRITTEN = ("test", "validation-hand")
-LATER = tuple(f"{name}-later" for name in HAND_WRITTEN)  # a folder may lack them, and then they are empty
-OWN_FRACTIONS = {"test": 0.2, "validation-hand": 0.1}  # of a single file of requests
-VARIATIONS = 3  # per tool that is called
+LATER = tuple(f"{name}-later" for name in HAND_WRITTEN)  # optional: missing files are written empty
+OWN_FRACTIONS = {"test": 0.2, "validation-hand": 0.1}  # of the conversations in a user's own file
+VARIATIONS = 3  # of the list of tools, per tool that is called
 MISSPELT = 3  # words of a request, at most
 NEXT_KEY = dict(zip("qwertyuioasdfghjkzxcvbn", "wertyuiopsdfghjklxcvbnm", strict=True))
-CONTRACTED = ("d", "ll", "m", "re", "s", "t", "ve")  # what stands after an apostrophe
+CONTRACTED = ("d", "ll", "m", "re", "s", "t", "ve")  # endings after an apostrophe
 
 
 @dataclass
@@ -48,19 +47,22 @@ class PrepareConfig:
     seed: int
     requests: int  # to make, training and validation together
     validation_fraction: float  # of the phrasings
-    none_fraction: float  # of the requests: those that no call answers
-    foreign_fraction: float  # of the requests: those with tools of their own
-    later_fraction: float  # of the requests: those that come later in a conversation and need what was said
-    history_fraction: float  # of the others: those that come later, but have nothing to do with what was said
-    varied_tools_fraction: float  # of the others: tools in another order, some left out
+    none_fraction: float  # of the requests: no call is right
+    foreign_fraction: float  # of the requests: with their own tools instead of paths.tools
+    later_fraction: float  # of the requests: later in a conversation, and dependent on earlier turns
+    history_fraction: float  # of single-turn requests: put after an unrelated conversation
+    varied_tools_fraction: float  # of those with the tools of paths.tools: in another order, some left out
     frame_fraction: float  # of the requests: with a greeting or context around
-    noise_fraction: float  # of the requests: misspelt, in lower case or without marks, outside the slots
+    noise_fraction: float  # of the requests: misspelt, in lower case or without punctuation, slots excepted
 
     def __post_init__(self) -> None:
         config.require_range("prepare.requests", self.requests, 20, 10_000_000)
         config.require_range("prepare.validation_fraction", self.validation_fraction, 0.01, 0.5)
         for name in ("none", "foreign", "later", "history", "varied_tools", "frame", "noise"):
             config.require_range(f"prepare.{name}_fraction", getattr(self, f"{name}_fraction"), 0, 1)
+        fixed = self.none_fraction + self.foreign_fraction + self.later_fraction
+        if fixed > 1:
+            raise ValueError(f"prepare.none_fraction, foreign_fraction and later_fraction add up to {fixed:g}, over 1")
 
 
 @dataclass
@@ -117,7 +119,7 @@ Conversation = tuple[tuple[str, str], ...]  # roles and texts, in lower case
 def make_splits(
     folder: Path, tools: tuple[Tool, ...], cfg: PrepareConfig
 ) -> tuple[Splits, Splits, dict[str, dict[str, int]]]:
-    """What is made from phrasings, what was written by hand, and how many phrasings went where."""
+    """Requests made from phrasings, those written by hand, and the number of phrasings per split."""
     hand: Splits = {}
     for name in (*HAND_WRITTEN, *LATER):
         file = folder / f"{name}.jsonl"
@@ -138,11 +140,11 @@ def make_splits(
 def split_own(
     requests: list[Request], path: Path, cfg: PrepareConfig
 ) -> tuple[Splits, Splits, dict[str, dict[str, int]]]:
-    """A user's requests in four parts, by chance; a conversation that comes again is dropped and counted.
+    """Split a user's requests at random into four parts; repeated conversations are dropped and counted.
 
-    An agent logs each turn with all before it: those that begin with the same message of the user stay together. All
-    stand in test and validation-hand, whatever came before them, and the files of later ones are empty.
-    Raises ValueError where they are too few to give each part one.
+    An agent logs each turn with all before it, so requests that begin with the same user message stay in one part.
+    Those later in a conversation stay among the rest: their separate files (LATER) are empty.
+    Raises ValueError if a part is left empty.
     """
     different = {conversation_of(request): request for request in requests}
     if dropped := len(requests) - len(different):
@@ -171,8 +173,8 @@ def split_own(
 
 
 def require_grammars(lists: Iterable[tuple[str, Sequence[Tool]]]) -> None:
-    """Raises ValueError naming where a list of tools stands that the grammar cannot hold replies to."""
-    vocabulary = LLTokenizer("byte", slices=[])  # a grammar that holds bytes holds any tokenizer's tokens
+    """Raises ValueError naming the place of a list of tools from which no grammar can be made."""
+    vocabulary = LLTokenizer("byte", slices=[])  # a grammar that compiles for bytes does so for any tokenizer
     held: set[str] = set()
     for where, tools in lists:
         key = json.dumps([tool.to_json() for tool in tools])
@@ -185,7 +187,7 @@ def require_grammars(lists: Iterable[tuple[str, Sequence[Tool]]]) -> None:
 
 
 def require_readable(requests: Iterable[tuple[str, Request]]) -> None:
-    """Raises ValueError naming the request whose right call, as the model would write it, is read as another."""
+    """Raises ValueError naming a request whose right call, in the model's format, is parsed as another call."""
     for where, request in requests:
         if request.expected:
             text = compact.write(request.expected, request.tools, request_text(request.messages))
@@ -194,7 +196,7 @@ def require_readable(requests: Iterable[tuple[str, Request]]) -> None:
 
 
 def can_be_said(request: Request) -> bool:
-    """Does the grammar allow its right call?"""
+    """Whether the grammar allows its right call."""
     tool = find_tool(request.tools, request.expected.name) if request.expected else None
     if request.expected is None or tool is None:
         return True
@@ -221,7 +223,7 @@ def read_phrasings(folder: Path) -> list[Phrasing]:
 
 
 def read_slots(folder: Path) -> dict[str, list[Record]]:
-    """Raises ValueError naming a file that is empty or whose name no slot can bear, or what in it is a false slot."""
+    """Raises ValueError naming a file that is empty, has a name no slot can have, or holds a malformed slot."""
     slots: dict[str, list[Record]] = {}
     for path in sorted(folder.glob("*.txt")):
         slots[path.stem] = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
@@ -237,9 +239,9 @@ def read_slots(folder: Path) -> dict[str, list[Record]]:
 
 
 def split(phrasings: list[Phrasing], fraction: float, rng: random.Random) -> tuple[list[Phrasing], list[Phrasing]]:
-    """Held out and kept, by phrasing, so that no template is on both sides; both of every category.
+    """Phrasings held out and kept, split within each category; no template is on both sides.
 
-    Raises ValueError where a category has too few phrasings to give each part one.
+    Raises ValueError if a category has too few phrasings to give each side one.
     """
     held_out, kept = [], []
     for kind, group in _by_kind(phrasings).items():
@@ -262,9 +264,9 @@ def make(
     cfg: PrepareConfig,
     quota: tuple[int, random.Random, set[Conversation]],
 ) -> list[Request]:
-    """`quota`: how many, the generator, and the conversations that are taken and may not come again (added to).
+    """`quota`: how many, the generator, and the conversations not to be made again, to which new ones are added.
 
-    What is taken as a single request may not end a conversation either.
+    A single request among these may not be the last turn of a new conversation either.
     """
     n, rng, taken = quota
     single = frozenset(taken)
@@ -295,13 +297,13 @@ def make(
 
 
 def _endless(phrasings: list[Phrasing], rng: random.Random) -> Iterator[Phrasing]:
-    """Each in turn, in a new order every round: none is left out while another comes twice."""
+    """Each in turn, reshuffled every round, so that all are used equally often."""
     while True:
         yield from rng.sample(phrasings, len(phrasings))
 
 
 def _weights(kinds: dict[str, list[Phrasing]], cfg: PrepareConfig) -> list[float]:
-    """In the order of the names. A tool with sixteen times the phrasings of another has eight times its requests."""
+    """Sampling weights by sorted name. A tool with 16 times the phrasings of another gets 8 times the requests."""
     fixed = {NONE: cfg.none_fraction, "foreign": cfg.foreign_fraction, "later": cfg.later_fraction}
     calls = {name: len(group) ** 0.75 for name, group in kinds.items() if name not in fixed}
     left = 1 - sum(fixed[name] for name in kinds if name in fixed)
@@ -336,7 +338,7 @@ def fill(
 
 
 def _frame(text: str, frame: str, value: dict[str, Any]) -> str:
-    """No words after a request that ends in a text to write: where that text ends would be unclear."""
+    """Nothing is added after a request that ends in a slot: the end of the slot's text would be unclear."""
     before, after = frame.split("{{request}}")
     if after and (value["expected"] is None or text.rstrip("`'\". ").endswith("}}")):
         after = ""
@@ -344,9 +346,9 @@ def _frame(text: str, frame: str, value: dict[str, Any]) -> str:
 
 
 def add_noise(text: str, rng: random.Random, kept: frozenset[str] = frozenset()) -> str:
-    """`text` in lower case, or without apostrophes and last mark, or with one to three words misspelt.
+    """`text` in lower case, or without apostrophes and final punctuation, or with one to three words misspelt.
 
-    Slots and words `kept` stay whole.
+    Slots and the words in `kept` are not changed.
     """
     parts = _words(text)
     match rng.randrange(4):
@@ -366,7 +368,7 @@ def add_noise(text: str, rng: random.Random, kept: frozenset[str] = frozenset())
 
 
 def words(call: dict[str, Any]) -> list[str]:
-    """Of the arguments of a call: they may stand in its request."""
+    """Words of a call's arguments: its request may contain them."""
     return _words(" ".join(value for value in call.get("arguments", {}).values() if isinstance(value, str)))
 
 
@@ -379,7 +381,7 @@ def _lower_first(word: str) -> str:
 
 
 def _misspell(word: str, rng: random.Random) -> str:
-    """Two letters swapped, one missing, one twice, or one from the next key."""
+    """Two letters swapped, one missing, one doubled, or one replaced by the next key's."""
     at = rng.randrange(1, len(word) - 1)
     before, letter, after = word[:at], word[at], word[at + 1 :]
     swapped = before + after[0] + letter + after[1:]
@@ -389,9 +391,9 @@ def _misspell(word: str, rng: random.Random) -> str:
 
 
 def vary_tools(request: Request, rng: random.Random) -> tuple[Tool, ...]:
-    """Another order; and where a call is right, some of the tools left out that neither it nor an earlier one needs.
+    """The tools in another order; if a call is right, without some that neither it nor an earlier call needs.
 
-    One of VARIATIONS ways, so that training finds enough requests with the same tools to share their prefix.
+    Limited to VARIATIONS, so that enough training requests have the same tools and can share their prefix.
     """
     rng = random.Random(rng.randrange(VARIATIONS))
     tools = list(request.tools)
@@ -422,12 +424,12 @@ def conversation_of(request: Request) -> Conversation:
 
 
 def _overlap(groups: Splits) -> int:
-    """Conversations that stand in more than one split."""
+    """Number of conversations that are in more than one split."""
     found = Counter(chain(*({conversation_of(request) for request in group} for group in groups.values())))
     return sum(1 for count in found.values() if count > 1)
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     paths = params.paths

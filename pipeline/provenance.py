@@ -14,7 +14,7 @@ PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "
 
 
 def provenance(settings: object) -> dict[str, Any]:
-    """`settings`: the dataclass a stage was run with; its hash tells runs with other settings apart."""
+    """`settings`: the dataclass a stage was run with; its hash tells runs with different settings apart."""
     return {
         "commit": commit(),
         "settings_sha256": hashlib.sha256(repr(settings).encode()).hexdigest(),
@@ -52,7 +52,7 @@ def _cpu_flags() -> set[str]:
 
 
 def commit() -> str | None:
-    """The commit of the working folder, with + where it has changes; None outside git, and where there is no git."""
+    """The commit of the working folder, with + if it has changes; None outside a repository or without git."""
     git = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
         done = subprocess.run(git, capture_output=True, text=True, check=False)  # noqa: S603

@@ -1,8 +1,8 @@
 """Stage `quantize`: the fused graph with its weights in 8 or 4 bits.
 
-Reads models/fused, training requests to calibrate on and validation requests to compare on;
-writes models/{variant} and reports/quantize/{variant}.json. With quantize.device=cuda, which needs no GPU:
-from models/cuda/fused-fp16 to models/cuda/{variant} and reports/quantize/cuda/{variant}.json.
+Reads models/fused, training requests for calibration and validation requests for comparison;
+writes models/{variant} and reports/quantize/{variant}.json. With quantize.device=cuda (no GPU needed)
+it reads models/cuda/fused-fp16 and writes models/cuda/{variant} and reports/quantize/cuda/{variant}.json.
 """
 
 import logging
@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 from numpy.typing import NDArray
 from omegaconf import DictConfig
@@ -27,7 +26,7 @@ from pipeline.toolcall.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-COMPARED_ON = 64  # training requests, to find the products that lose most by 4 bits
+COMPARED_ON = 64  # training requests that show which matrix products lose most at 4 bits
 
 
 @dataclass
@@ -36,15 +35,15 @@ class VariantConfig:
     algorithm: str
     block_size: int
     symmetric: bool
-    accuracy_level: int  # 0: as the weights' scales, 4: computes in int8
-    dynamic: bool  # 8-bit activations too, but for the head and float_inputs matrix products
-    smoothing: float  # share of the activations' unevenness that goes into the weights, where dynamic
-    float_inputs: int  # how many matrix products, those with the most uneven inputs, stay weight-only
-    eight_bit_products: int  # how many matrix products, those that lose most by 4 bits, keep 8, where gptq
-    tuning_steps: int  # in which the scales learn to say what the tuned model says, where gptq; 0: none
+    accuracy_level: int  # of MatMulNBits; 0: computes in the type of the scales, 4: in int8
+    dynamic: bool  # 8-bit activations too, except in the head and float_inputs matrix products
+    smoothing: float  # if dynamic: share of the activations' unevenness moved into the weights
+    float_inputs: int  # if dynamic: number of matrix products (most uneven inputs) that stay weight-only
+    eight_bit_products: int  # if gptq: number of matrix products (highest loss at 4 bits) that keep 8
+    tuning_steps: int  # if gptq: steps in which the scales learn the tuned model's predictions; 0: none
 
     def in_effect(self) -> "VariantConfig":
-        """Without what the algorithm makes no use of, so that a sweep over algorithms names what each was given."""
+        """Settings that the algorithm does not use are set to 0, so that a sweep lists only those with an effect."""
         of_gptq, of_dynamic = self.algorithm == "gptq", self.dynamic
         return replace(
             self,
@@ -89,9 +88,9 @@ class QuantizeConfig:
     device: str
     int8: VariantConfig
     int4: VariantConfig
-    cuda: CudaConfig  # takes the place of these two where device is cuda
-    prompts: int  # hand-written validation requests to compare with fp32 on
-    calibration_requests: int  # training requests to see activations on, where dynamic or gptq
+    cuda: CudaConfig  # replaces these two if device is cuda
+    prompts: int  # hand-written validation requests for the comparison with fp32
+    calibration_requests: int  # training requests whose activations are recorded, if dynamic or gptq
 
     def __post_init__(self) -> None:
         config.require_one_of("quantize.device", self.device, ["cpu", "cuda"])
@@ -150,7 +149,7 @@ def run(paths: config.Paths, report: Path, variant: str, cfg: QuantizeConfig) ->
 
 
 def calibration_texts(fused: Path, requests: Path, n: int) -> list[tuple[list[int], int]]:
-    """Tokens of `n` requests with their replies, and how many of them are a prefix that was seen before."""
+    """Tokens of `n` requests and right calls; and the length of their prefix if an earlier one has it, else 0."""
     tokenizer = Tokenizer(fused)
     found = [parse_request(value, (), where) for where, value in files.read_spread(requests, n)]
     seen: set[tuple[int, ...]] = set()
@@ -182,7 +181,7 @@ def graph_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("model.onnx*"))
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     reports = params.paths.reports / ("quantize" if params.quantize.device == "cpu" else "quantize/cuda")

@@ -2,7 +2,7 @@
 
     python -m pipeline.release                  the variant that the report recommends
     python -m pipeline.release release.variant=int4
-    python -m pipeline.release release.gguf=Q8_0    and a GGUF file of the tuned model, for llama.cpp and Ollama
+    python -m pipeline.release release.gguf=Q8_0    adds a GGUF file of the tuned model, for llama.cpp
 
 Writes models/release. ToolCaller.load checks the hashes each time it opens such a folder.
 """
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline import config, files
@@ -22,14 +21,14 @@ from pipeline.runtime.manifest import write_manifest
 
 log = logging.getLogger(__name__)
 
-LICENSE = Path(__file__).parents[1] / "LICENSE"  # Apache-2.0, as that of the default base
+LICENSE = Path(__file__).parents[1] / "LICENSE"  # Apache-2.0, like the default base model's
 FOLDERS = {"fused-fp32": "fused", "int8": "int8", "int4": "int4"}
 
 
 @dataclass
 class ReleaseConfig:
     variant: str | None  # empty: the recommended one
-    gguf: str | None  # weights of a GGUF file beside it; empty: none
+    gguf: str | None  # weight type of a GGUF file to add; empty: none
 
     def __post_init__(self) -> None:
         config.require_one_of("release.gguf", self.gguf, [None, *QUANTIZATIONS])
@@ -43,10 +42,12 @@ class Params:
 
 
 def run(paths: config.Paths, settings: str, cfg: ReleaseConfig) -> Path:
-    """Raises RuntimeError where nothing is recommended and no variant is named."""
+    """Raises RuntimeError if no variant is named and the report recommends none, or one that is not served."""
     variant = cfg.variant or files.read_json(paths.reports / "report.json")["recommended"]
     if variant is None:
         raise RuntimeError("the report recommends no variant: name one with release.variant=int8")
+    if variant not in FOLDERS:
+        raise RuntimeError(f"the report recommends {variant}, which is not served: name one with release.variant=int8")
     out = paths.models / "release"
     with files.whole_folder(out) as folder:
         for path in sorted((paths.models / FOLDERS[variant]).iterdir()):
@@ -83,9 +84,9 @@ Makes the calls of {len(tools)} tools: {", ".join(tools)}.
 - p50 {1e3 * bench["call_s"]["p50"]:.0f} ms, p95 {1e3 * bench["call_s"]["p95"]:.0f} ms a call on {machine["cpu"]},
   {machine["cores"]} cores ({bench["device"]}).
 
-It writes a call as `<tool_call>NAME`, then a line `argument: value` each, texts without quotes or escapes
-(pipeline/toolcall/compact.py reads it). The prompt is ChatML, its system message lists the tools
-(pipeline/toolcall/prompt.py).
+It writes a call as `<tool_call>NAME`, then one line per argument, `name: value`, or `name = copy` of the request; texts
+have no quotes or escapes (pipeline/toolcall/compact.py reads it). The prompt is ChatML; its system message lists the
+tools (pipeline/toolcall/prompt.py).
 
 Limits: one call a reply; English requests; other tools than these were a small part of its training.
 
@@ -104,7 +105,7 @@ def _percent(value: Any) -> str:
     return "not scored" if value is None else f"{value:.1%}"
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     run(params.paths, OmegaConf.to_yaml(raw), params.release)

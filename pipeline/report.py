@@ -1,6 +1,6 @@
 """Stage `report`: one page that says which variant to ship and why.
 
-Reads reports/*.json, also of a GPU and of growth where they exist; writes reports/report.md, report.html and plots/.
+Reads reports/*.json, with those of a GPU and of growth if they exist; writes reports/report.md, report.html and plots/.
 """
 
 import logging
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
@@ -25,19 +24,19 @@ from pipeline.bench import (
     side_by_side,
     tables,
 )
+from pipeline.bench.inputs import REQUESTS, differing
 from pipeline.bench.tables import BASELINE, LADDER, REFERENCE, SCORED
 from pipeline.provenance import provenance
 
 log = logging.getLogger(__name__)
 
 TITLE = "Which variant to ship"
-REQUESTS = ("requests", "later")  # files of them, in inputs_sha256
 
 
 @dataclass
 class ReportConfig:
-    max_loss_fraction: float  # of exact calls that a recommended variant may lose against fp32
-    significance: float  # one that loses, with a McNemar p below this, does not pass either
+    max_loss_fraction: float  # of exact calls that a recommended variant may lose vs fp32
+    significance: float  # a variant that loses with a McNemar p below this does not pass either
     min_exact_fraction: float  # below this nothing is recommended
     gate: bool  # write nothing, fail where no variant passes
     against: str | None  # write nothing, show what changed since this revision
@@ -121,25 +120,31 @@ def require_one_run(found: dict[str, Any]) -> None:
                 f"{' / '.join(', '.join(names) for names in seen.values())}; dvc repro -s -f {stage} makes them anew"
             )
     for name in LADDER:
-        inputs = [found[stage][name]["provenance"]["inputs_sha256"] for stage in runs]
-        if differ := [key for key in ("model", *REQUESTS) if inputs[0].get(key) != inputs[1].get(key)]:
+        if differ := differing(found["evaluate"][name], found["benchmark"][name], ("model", *REQUESTS)):
             raise ValueError(
                 f"reports/benchmark/{name}.json is of another {' and '.join(differ)} than "
                 f"reports/evaluate/{name}.json; dvc repro -s -f evaluate@{name} benchmark@{name} makes them anew"
             )
+    for name, scored in found["cuda"]["evaluate"].items():
+        shared = ("model", *REQUESTS) if name == BASELINE else REQUESTS  # both devices have models/tuned
+        if differ := differing(scored, found["evaluate"][BASELINE], shared):
+            raise ValueError(
+                f"reports/evaluate/cuda/{name}.json is of another {' and '.join(differ)} than "
+                f"reports/evaluate/{BASELINE}.json; dvc repro pipeline/cuda/dvc.yaml makes it anew"
+            )
 
 
 def fault(scored: dict[str, Any], reference: dict[str, Any], cfg: ReportConfig) -> str | None:
-    """Why a variant is not to be shipped, or None."""
+    """Why a variant must not be shipped, or None."""
     exact = scored["exact_call_fraction"]
     lost = reference["exact_call_fraction"] - exact
     p = scored.get("mcnemar_p_vs_fp32")
     if exact < cfg.min_exact_fraction:
         return f"{exact:.1%} exact, under {cfg.min_exact_fraction:.0%}"
-    if lost > cfg.max_loss_fraction:
+    if lost > cfg.max_loss_fraction + 1e-9:  # a loss of exactly that passes, whatever the fractions round to
         return f"{100 * lost:.1f} points below {REFERENCE}"
     if lost > 0 and p is not None and p < cfg.significance:
-        return f"below {REFERENCE} beyond chance, p = {p:.3f}"
+        return f"significantly below {REFERENCE}, p = {p:.3f}"
     return None
 
 
@@ -151,8 +156,8 @@ def recommend(found: dict[str, Any], faults: dict[str, str | None]) -> str | Non
 
 def recommendation(found: dict[str, Any], best: str | None, cfg: ReportConfig) -> list[str]:
     rule = (
-        f"Rule: the fastest variant (p50) that has at least {cfg.min_exact_fraction:.0%} exact calls, at most "
-        f"{100 * cfg.max_loss_fraction:g} points fewer than {REFERENCE} (full precision), and not significantly fewer "
+        f"Rule: the fastest variant (p50) with at least {cfg.min_exact_fraction:.0%} exact calls, at most "
+        f"{100 * cfg.max_loss_fraction:g} points below {REFERENCE} (full precision) and not significantly below it "
         f"(McNemar p at least {cfg.significance:g})."
     )
     if best is None:
@@ -161,14 +166,14 @@ def recommendation(found: dict[str, Any], best: str | None, cfg: ReportConfig) -
     full = found["evaluate"][REFERENCE]["exact_call_fraction"]
     faster = found["benchmark"][BASELINE]["call_s"]["p50"] / bench["call_s"]["p50"]
     return [
-        f"**Ship {best}**: {exact:.1%} of its calls are exact, {full:.1%} in full precision, and it answers in "
+        f"**Ship {best}**: {exact:.1%} exact calls (full precision: {full:.1%}), p50 "
         f"{1e3 * bench['call_s']['p50']:.0f} ms, {faster:.1f} times faster than {BASELINE}.",
         "\n".join(f"- {figure}" for figure in tables.figures(found, best)),
         rule,
     ]
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     run(params.paths.reports, params.report)

@@ -1,10 +1,10 @@
-"""How often the calls of any other model are right, say of a hosted one. No stage.
+"""Score the calls of any other model, such as a hosted one. Not a stage.
 
     python -m pipeline.score score.replies=haiku.jsonl
 
-The file has a line for each test request: `{"id": "grep-07", "call": {"name": "Grep", "arguments": {...}}}`, or
-`"call": null` where the model made none (docs/USAGE.md makes one). Writes the measures of the stage `evaluate` to
-haiku.scores.json beside it, with the exact McNemar test against each variant that was scored on the same requests.
+The file has one line per test request: `{"id": "grep-07", "call": {"name": "Grep", "arguments": {...}}}`, or
+`"call": null` if the model made none (docs/USAGE.md shows how to make the file). Writes the measures of the stage
+`evaluate` to haiku.scores.json beside it, with the exact McNemar test against each variant scored on the same requests.
 """
 
 import logging
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
 from pipeline import config, files
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ScoreConfig:
-    replies: Path | None  # to be named on the command line
+    replies: Path | None  # to be given on the command line
     requests: Path
 
 
@@ -39,7 +38,7 @@ class Params:
 
 
 def run(paths: config.Paths, cfg: ScoreConfig) -> dict[str, Any]:
-    """Raises ValueError where the replies are not those to the requests, one each."""
+    """Raises ValueError unless the file has exactly one reply to each request."""
     if cfg.replies is None:
         raise ValueError("score.replies: name the file with the other model's replies")
     tools = parse_tools(files.read_json(paths.tools), str(paths.tools))
@@ -47,7 +46,7 @@ def run(paths: config.Paths, cfg: ScoreConfig) -> dict[str, Any]:
     answers = read_answers(cfg.replies, requests)
     rows = [row(request, answers[request.id]) for request in requests]
     found = measures(requests, rows)
-    del found["calibration"], found["constraint_changed_fraction"]  # of a confidence and a decoding that are not there
+    del found["calibration"], found["constraint_changed_fraction"]  # need confidences and our decoding
     others = {name: compare(paths.reports / f"evaluate/{name}.replies.jsonl", rows) for name in HELD}
     found["mcnemar_p_vs"] = {name: p for name, p in others.items() if p is not None}
     files.write_json(cfg.replies.with_suffix(".scores.json"), found)
@@ -58,7 +57,7 @@ def run(paths: config.Paths, cfg: ScoreConfig) -> dict[str, Any]:
 
 
 def read_answers(path: Path, requests: list[Request]) -> dict[str, Answer]:
-    """By the id of the request. Raises ValueError naming file and line of one that is none, and requests without."""
+    """Answers by request id. Raises ValueError naming file and line of an invalid one, or requests without a reply."""
     asked, answers = {request.id for request in requests}, dict[str, Answer]()
     for where, value in files.read_jsonl(path):
         match value:
@@ -76,7 +75,7 @@ def read_answers(path: Path, requests: list[Request]) -> dict[str, Answer]:
     return answers
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     run(params.paths, params.score)

@@ -1,4 +1,4 @@
-"""Serve a model folder over HTTP: Anthropic's Messages API and OpenAI's chat completions. No stage of dvc.yaml.
+"""Serve a model folder over HTTP: Anthropic's Messages API and OpenAI's chat completions. Not a stage.
 
 python -m pipeline.serve serve.model=models/int8
 Nothing is executed: the server proposes calls, its clients make them.
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import hydra
 import uvicorn
 from omegaconf import DictConfig
 
@@ -32,14 +31,14 @@ KEY = "TOOL_CALLER_API_KEY"  # an environment variable: params.yaml is in git
 @dataclass
 class ServeConfig:
     model: Path  # a folder that a stage, or `make release`, wrote
-    name: str  # what clients call it; agents want none that begins with claude- or holds a slash
+    name: str  # the model's name for clients; agents need one without a slash that does not begin with claude-
     host: str
     port: int
     device: str
     threads: int
     max_new_tokens: int
-    tool_result_tokens: int  # longer results of tools are cut
-    together: int  # requests answered at a time; more than 1 needs a fused model
+    tool_result_tokens: int  # longer tool results are cut
+    together: int  # requests decoded together; more than 1 needs a fused model
     queue_length: int  # requests that may wait; more are refused
     body_bytes: int
     read_timeout_s: float
@@ -68,7 +67,7 @@ class Params:
 
 
 class DrainingServer(uvicorn.Server):
-    """Told to stop, it answers what it has accepted, and new requests with 503, before it closes its socket."""
+    """On a stop signal, answers accepted requests, and new ones with 503, before it closes its socket."""
 
     def __init__(self, settings: uvicorn.Config, server: Server, drain_timeout_s: float) -> None:
         super().__init__(settings)
@@ -80,7 +79,7 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """uvicorn's own closes the socket at once. Told twice, it does not wait any more."""
+        """uvicorn's own handler closes the socket at once. A second signal ends the wait for accepted requests."""
         del sig, frame
         if self._draining:
             self.should_exit = True
@@ -100,7 +99,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def run(tools: Path, techniques: Techniques, cfg: ServeConfig, api_key: str | None) -> None:
-    """Raises ValueError for an address that others reach, without a key."""
+    """Raises ValueError if others can reach serve.host and there is no API key."""
     if not is_loopback(cfg.host) and not api_key:
         raise ValueError(f"serve.host is {cfg.host}, which others can reach: set {KEY} to a key that clients must send")
     engine = start_engine(tools, techniques, cfg)
@@ -109,13 +108,13 @@ def run(tools: Path, techniques: Techniques, cfg: ServeConfig, api_key: str | No
         server.app(),
         host=cfg.host,
         port=cfg.port,
-        # not whichever is installed: the figures are of these
+        # uvicorn would take whichever is installed; the measurements were made with these
         loop="asyncio",
         http="h11",
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=1,
-        # more than the 60 s of nginx and AWS's load balancers: one that is closed here first costs them a request
+        # above the 60 s of nginx and AWS's load balancers: a connection closed here first costs them a request
         timeout_keep_alive=75,
     )
     log.info("%s at http://%s:%d as %s", cfg.model, cfg.host, cfg.port, cfg.name)
@@ -123,7 +122,7 @@ def run(tools: Path, techniques: Techniques, cfg: ServeConfig, api_key: str | No
 
 
 def gpu_utilisation(device: str) -> Callable[[], float] | None:
-    """Raises RuntimeError where the device is cuda and NVML finds no GPU."""
+    """Raises RuntimeError if the device is cuda and NVML finds no GPU."""
     if device != "cuda":
         return None
     from pipeline.bench.gpu import Gpu
@@ -137,7 +136,7 @@ def limits(cfg: ServeConfig) -> Limits:
 
 
 def start_engine(tools: Path, techniques: Techniques, cfg: ServeConfig) -> Engine:
-    """An engine that has loaded serve.model. `tools`: their file, where the folder brings none."""
+    """An engine that has loaded serve.model. `tools`: the file to read if its folder has no tools.json."""
     own = cfg.model / "tools.json"
 
     def load() -> ToolCaller:
@@ -157,7 +156,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     run(params.paths.tools, params.techniques, params.serve, os.environ.get(KEY) or None)

@@ -1,4 +1,4 @@
-"""Serve a model folder over MCP: one tool that proposes the tool call for a request. No stage of dvc.yaml.
+"""Serve a model folder over MCP: one tool that proposes the tool call for a request. Not a stage.
 
 python -m pipeline.serve_mcp serve.model=models/int8                     (stdio, for a host that starts it)
 python -m pipeline.serve_mcp serve.model=models/int8 mcp.transport=streamable-http
@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import hydra
 from mcp.server.mcpserver import MCPServer
 from omegaconf import DictConfig
 from pydantic import BaseModel
@@ -43,9 +42,9 @@ class Params:
 
 
 class Proposal(BaseModel):
-    tool: str | None  # None: no call is right, or something is missing
+    tool: str | None  # None: no call fits, or the request lacks something
     arguments: dict[str, Any]
-    text: str  # the answer where there is no call
+    text: str  # the reply if there is no call
     confidence: float  # probability the model gave this whole reply
     milliseconds: float
 
@@ -71,7 +70,7 @@ def build(engine: Engine, max_new_tokens: int) -> MCPServer:
 
 
 def run(params: Params) -> None:
-    """Raises ValueError for an address that others reach: this transport checks no key."""
+    """Raises ValueError if others can reach serve.host over HTTP: no key is checked here."""
     if params.mcp.transport != "stdio" and not is_loopback(params.serve.host):
         raise ValueError(
             f"serve.host is {params.serve.host}: MCP is served on loopback only, {KEY} is not checked here"
@@ -84,7 +83,7 @@ def run(params: Params) -> None:
         server.run("streamable-http", host=params.serve.host, port=params.mcp.port)
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     # Standard output belongs to the protocol.
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, force=True)

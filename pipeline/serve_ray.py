@@ -1,8 +1,8 @@
-"""The server on many machines: an application for Ray Serve. No stage of dvc.yaml.
+"""The server on many machines: an application for Ray Serve. Not a stage.
 
 TOOL_CALLER_API_KEY=... serve run pipeline.serve_ray:application serve.model=models/release ray.replicas=4
-Each replica loads serve.model, which has to be at the same path on every machine. Where the cluster listens is told to
-Ray (`serve start --http-host`), so serve.host and serve.port have no effect.
+Each replica loads serve.model, which has to be at the same path on every machine. The address is set in Ray
+(`serve start --http-host`), so serve.host and serve.port have no effect.
 """
 
 import os
@@ -57,9 +57,9 @@ class Replica:
 
 
 def application(overrides: dict[str, str]) -> Application:
-    """The application that `serve run` starts, of params.yaml with `overrides`, such as {"ray.replicas": "4"}.
+    """The application that `serve run` starts, from params.yaml with `overrides`, such as {"ray.replicas": "4"}.
 
-    Raises ValueError without an API key: a cluster is more than this machine.
+    Raises ValueError without an API key: others can reach a cluster.
     """
     with initialize_config_dir(str(ROOT), version_base="1.3"):
         raw = compose("params", [f"{key}={value}" for key, value in overrides.items()])
@@ -74,7 +74,7 @@ def application(overrides: dict[str, str]) -> Application:
         num_replicas=params.ray.replicas,
         ray_actor_options={"num_cpus": cfg.threads, "num_gpus": int(cfg.device == "cuda")},
         max_ongoing_requests=cfg.together + cfg.queue_length,
-        max_queued_requests=params.ray.replicas * cfg.queue_length,  # else Ray's proxies keep any number waiting
+        max_queued_requests=params.ray.replicas * cfg.queue_length,  # else Ray's proxies queue without limit
         graceful_shutdown_timeout_s=cfg.drain_timeout_s,
     )
     return deployment.bind(params.paths.tools.absolute(), params.techniques, cfg, api_key)

@@ -1,7 +1,7 @@
 """Stage `speed` of pipeline/cuda/dvc.yaml: how fast models of other sizes are. Speed only, random weights.
 
-Reads nothing but a tokenizer, which exporters want; writes reports/benchmark/cuda/speed/{shape}.json. A call reads
-`request_tokens` behind a kept prefix and decodes `new_tokens` one by one, in every variant: no grammar, no drafts.
+Reads only a tokenizer, which the exporters need; writes reports/benchmark/cuda/speed/{shape}.json. In every variant a
+call reads `request_tokens` after a cached prefix and decodes `new_tokens` one by one: no grammar, no drafts.
 """
 
 import logging
@@ -18,7 +18,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import hydra
 import numpy as np
 from numpy.typing import NDArray
 from omegaconf import DictConfig
@@ -50,7 +49,7 @@ class SpeedConfig:
     warmup_calls: int
     calls: int
     clients: list[int]
-    max_logit_difference_fraction: float  # of the largest logit: from the CPU's, and of many together from one's
+    max_logit_difference_fraction: float  # of the largest logit; GPU against CPU, many together against one
 
     def __post_init__(self) -> None:
         config.require_one_of("speed.shape", self.shape, list(SHAPES))
@@ -61,8 +60,7 @@ class SpeedConfig:
             config.require_range(f"speed.{name}", getattr(self, name), 1, 1000)
         config.require_range("speed.warmup_calls", self.warmup_calls, 0, 1000)
         config.require_range("speed.calls", self.calls, 1, 100_000)
-        for clients in self.clients:
-            config.require_range("speed.clients", clients, 1, 64)
+        config.require_ranges("speed.clients", self.clients, 1, 64)
         config.require_range("speed.max_logit_difference_fraction", self.max_logit_difference_fraction, 0, 1)
 
 
@@ -79,7 +77,7 @@ def run(tokenizer: Path, report: Path, shape: Shape, cfg: SpeedConfig) -> dict[s
         log.info("making %s with random weights", cfg.shape)
         make(Path(scratch), tokenizer, shape, cfg.block_size)
         for name in VARIANTS:
-            # A process each: what one leaves in memory is not the next one's.
+            # One process per variant, so that no memory is left over from the one before.
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
                 variants[name] = process.submit(measure, Path(scratch) / name, cfg).result()
             log.info("%s %s: p50 %.1f ms", cfg.shape, name, 1e3 * variants[name]["call_s"]["p50"])
@@ -96,7 +94,7 @@ def run(tokenizer: Path, report: Path, shape: Shape, cfg: SpeedConfig) -> dict[s
 
 
 def make(scratch: Path, tokenizer: Path, shape: Shape, block_size: int) -> None:
-    """A folder for each variant. Weights are rounded plainly: of random ones no rounding keeps more."""
+    """Make one folder per variant. Weights are rounded to nearest: no other rounding helps random ones."""
     for name in VARIANTS:
         (scratch / name).mkdir()
     plain, fused = scratch / "torch-fp32", scratch / "fused-fp16"
@@ -109,9 +107,9 @@ def make(scratch: Path, tokenizer: Path, shape: Shape, block_size: int) -> None:
 
 
 def make_for_cpu(scratch: Path, tokenizer: Path, shape: Shape, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """A folder for each of `settings`, which are those of quantize.VARIANT in params.yaml.
+    """Make one folder per entry of `settings`, which are those of quantize.VARIANT in params.yaml.
 
-    Where activations are seen first, it is on random tokens.
+    Settings that need calibration get random tokens for it.
     """
     plain, fused = scratch / "torch-fp32", scratch / "fused-fp32"
     for folder in (plain, fused, *(scratch / name for name in settings)):
@@ -126,17 +124,17 @@ def make_for_cpu(scratch: Path, tokenizer: Path, shape: Shape, settings: Mapping
 
 
 def _quantize(fused: Path, out: Path, settings: Mapping[str, Any], rows: onnx_quantize.Rows) -> None:
-    logging.getLogger("onnxruntime.quantization").setLevel(logging.WARNING)  # it tells of every node
+    logging.getLogger("onnxruntime.quantization").setLevel(logging.WARNING)  # it logs every node
     onnx_quantize.quantize(fused / "model.onnx", out / "model.onnx", SimpleNamespace(**settings), rows)
     onnx_export.copy_tokenizer(fused, out)
     files.write_json(out / "toolcaller.json", files.read_json(fused / "toolcaller.json"))
 
 
 def measure(folder: Path, cfg: SpeedConfig) -> dict[str, Any]:
-    """In a process of its own.
+    """To be run in its own process.
 
-    Raises RuntimeError where the logits on the device are not those on the CPU, or those of many requests together
-    not those of one.
+    Raises RuntimeError if the logits on the device differ from those on the CPU, or those of many requests decoded
+    together from those of one.
     """
     vocabulary = int(files.read_json(folder / "config.json")["vocab_size"])
     tokens = np.random.default_rng(0).integers(1, vocabulary, cfg.prefix_tokens + cfg.request_tokens).tolist()
@@ -168,10 +166,10 @@ def measure(folder: Path, cfg: SpeedConfig) -> dict[str, Any]:
 
 
 def calls_per_s(folder: Path, cfg: SpeedConfig, prefix: list[int], asked: list[int]) -> dict[str, float]:
-    """By clients, whose calls begin and end together, each with a row of the KV cache; median of three.
+    """By number of clients, whose calls begin and end together, each in a row of the KV cache; median of three.
 
-    Nothing for PyTorch, whose runtimes take one request at a time here.
-    Raises RuntimeError where a row of many has other logits than one alone.
+    Empty for PyTorch, whose runtimes take one request at a time here.
+    Raises RuntimeError if the logits of many rows differ from those of one.
     """
     if not (folder / "model.onnx").exists():
         return {}
@@ -200,7 +198,7 @@ def calls_together_s(runtime: CudaRowsRuntime, prefix: list[int], asked: list[in
 
 
 def logits_together(runtime: CudaRowsRuntime, prefix: list[int], asked: list[int], n: int) -> NDArray[np.float32]:
-    """(n, vocabulary): of `n` requests that read `asked` and then, in one step, a token each."""
+    """Logits (n, vocabulary) of `n` requests that read `asked` and then, in one step, one token each."""
     runtime.begin(prefix)
     rows = [runtime.join() for _ in range(n)]
     runtime.step_together([(row, Step(asked, [], len(prefix))) for row in rows])
@@ -211,9 +209,9 @@ def logits_together(runtime: CudaRowsRuntime, prefix: list[int], asked: list[int
 
 
 def require_close(whose: str, found: NDArray[np.float32], wanted: NDArray[np.float32], cfg: SpeedConfig) -> float:
-    """Their largest difference, as a share of the largest logit. Raises RuntimeError where that is too large."""
+    """Their largest difference, as a share of the largest logit. Raises RuntimeError if that is too large."""
     difference = float(np.abs(found - wanted).max() / np.abs(wanted).max())
-    if not difference <= cfg.max_logit_difference_fraction:  # NaN is more too
+    if not difference <= cfg.max_logit_difference_fraction:  # also true for NaN
         raise RuntimeError(
             f"{whose}: logits are {difference:.1%} of the largest apart; "
             f"speed.max_logit_difference_fraction allows {cfg.max_logit_difference_fraction:.1%}"
@@ -242,7 +240,7 @@ def logits_after(runtime: Runtime, asked: list[int]) -> NDArray[np.float32]:
     return logits
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     cfg, report = params.speed, params.paths.reports / f"benchmark/cuda/speed/{params.speed.shape}.json"

@@ -2,13 +2,13 @@
 
     python -m pipeline.sweep -m sweep.name=blocks variant=int4 quantize.int4.block_size=16,32,64
 
-Hydra's sweeper makes the trials of what is given on the command line, and its launcher runs them, here or on other
-machines that share this folder. Reads models/fused and models/tuned; writes reports/sweeps/NAME/: a folder for each
-trial, trials.csv, pareto.png and verdict.txt. Calls are scored on the validation requests written by hand: a setting
-chosen on the test would flatter itself.
-A trial that was done with equal settings and inputs on such a CPU, in this sweep or another, is not done again; one
-that fails does not stop the others. Compared are trials of the models and requests as they are now on one CPU, that of
-the last trial: the others, say of before a training, keep their folders but are left out of trials.csv.
+Hydra's sweeper makes the trials from the command line, and its launcher runs them, here or on other machines that
+share this folder. Reads models/fused and models/tuned; writes reports/sweeps/NAME/: one folder per trial, trials.csv,
+pareto.png and verdict.txt. Calls are scored on the hand-written validation requests: a setting chosen on the test
+requests would look better than it is.
+A trial already done with the same settings, inputs and CPU model, in this sweep or another, is not repeated; a failed
+trial does not stop the others. Only trials with the current models and requests on the last trial's CPU model are
+compared: others, such as those from before a training, keep their folders but are left out of trials.csv.
 """
 
 import fcntl
@@ -20,13 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -37,8 +36,9 @@ from pipeline.bench import pareto
 log = logging.getLogger(__name__)
 
 STAGES = ("quantize", "evaluate", "benchmark")
-READ = ("fused", "tuned")  # models
-# of a trial's benchmark only the calls of one client are compared
+READ = ("fused", "tuned")  # models that a trial reads
+SETTINGS = ("quantize", "techniques", "evaluate", "benchmark")
+# trials are compared only by the calls of a single client
 QUICK = ["benchmark.concurrency=[1]", "benchmark.ablation_requests=1"]
 MACHINE = Path(tempfile.gettempdir()) / f"tool-caller-sweep-{os.getuid()}.lock"
 
@@ -46,8 +46,8 @@ MACHINE = Path(tempfile.gettempdir()) / f"tool-caller-sweep-{os.getuid()}.lock"
 @dataclass
 class SweepConfig:
     name: str
-    requests: Path  # that exact calls are counted on
-    max_loss_fraction: float  # of exact calls, against the best trial, that a faster one may lose to be recommended
+    requests: Path  # to count exact calls on
+    max_loss_fraction: float  # exact-call fraction that the recommended trial may lose against the best
 
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name:
@@ -66,7 +66,7 @@ class Params:
 
 
 def run(params: Params, settings: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """One trial; `settings` are those of its stages. Its row in trials.csv."""
+    """Run one trial, unless it was done before; returns its row in trials.csv. `settings`: those of its stages."""
     sweep = params.paths.reports / "sweeps" / params.sweep.name
     shared = {"inputs_sha256": inputs_sha256(params), "machine": provenance.machine()["cpu"]}
     folder = sweep / trial_id(params.variant, settings, shared)
@@ -87,13 +87,13 @@ def run(params: Params, settings: dict[str, Any], overrides: list[str]) -> dict[
 
 
 def done_before(sweeps: Path, trial: str) -> dict[str, Any] | None:
-    """The row of a trial that succeeded, in whichever sweep."""
+    """The row of this trial, if it succeeded in any sweep."""
     rows = (dict(files.read_json(path)) for path in sorted(sweeps.glob(f"*/{trial}/trial.json")))
     return next((row for row in rows if row["error"] is None), None)
 
 
 def inputs_sha256(params: Params) -> str:
-    """Of the models that are read, the tools and the requests."""
+    """Hash of the models that a trial reads, the tools and the requests."""
     paths = params.paths
     models = [path for name in READ for path in sorted((paths.models / name).glob("model.*"))]
     requests = [paths.prepared / f"{name}.jsonl" for name in ("train", "validation-hand", "test")]
@@ -102,14 +102,14 @@ def inputs_sha256(params: Params) -> str:
 
 
 def trial_id(variant: str, settings: dict[str, Any], shared: dict[str, str]) -> str:
-    """Equal trials have equal ids. `shared`: what comparable trials have in common, their inputs and their CPU."""
+    """Equal trials have equal ids. `shared`: the inputs and CPU that comparable trials have in common."""
     text = json.dumps({"variant": variant, "settings": settings} | shared, sort_keys=True, default=str)
     return f"{variant}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 @contextmanager
 def held(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[int]:
-    """Waits for the lock. A process that inherits its descriptor has the lock too, should it outlive this one."""
+    """Wait for the lock and hold it. A child process that inherits the descriptor keeps it if it outlives this one."""
     with path.open("a+") as lock:
         try:
             fcntl.flock(lock, how | fcntl.LOCK_NB)
@@ -120,9 +120,9 @@ def held(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[int]:
 
 
 def trial(params: Params, folder: Path, overrides: list[str], lock: int) -> dict[str, Any]:
-    """The stages one after the other, each a process of its own: the benchmark reads its peak memory.
+    """Run the stages in turn, each in its own process, because the benchmark reads its process's peak memory.
 
-    A benchmark has the machine alone: it waits for the stages of other trials, and they for it.
+    A benchmark has the machine to itself: it waits for the stages of other trials, and they for it.
     """
     models = folder / "models"
     models.mkdir(exist_ok=True)
@@ -131,7 +131,7 @@ def trial(params: Params, folder: Path, overrides: list[str], lock: int) -> dict
             (models / name).symlink_to((params.paths.models / name).resolve(), target_is_directory=True)
     own = [f"variant={params.variant}", f"paths.models={models}", f"paths.reports={folder}"]
     given = [*QUICK, *(override for override in overrides if not override.startswith(("sweep.", "variant=")))]
-    environment = os.environ | {"HYDRA_FULL_ERROR": "1"}  # the last line then is the error itself
+    environment = os.environ | {"HYDRA_FULL_ERROR": "1"}  # makes the last line the error itself
     took_s = 0.0
     for stage in STAGES:
         more = [f"evaluate.requests={params.sweep.requests}"] if stage == "evaluate" else []
@@ -161,7 +161,7 @@ def trial(params: Params, folder: Path, overrides: list[str], lock: int) -> dict
 
 
 def summarize(sweep: Path, shared: dict[str, str], max_loss_fraction: float) -> None:
-    """trials.csv of the trials with these inputs and CPU, and where one succeeded pareto.png and verdict.txt."""
+    """Write trials.csv of the trials with these inputs and CPU; if one succeeded, also pareto.png and verdict.txt."""
     found = [files.read_json(path) for path in sorted(sweep.glob("*/trial.json"))]
     rows = [row for row in found if shared.items() <= row.items()]
     if len(rows) < len(found):
@@ -173,30 +173,40 @@ def summarize(sweep: Path, shared: dict[str, str], max_loss_fraction: float) -> 
         verdict = pareto.verdict(table, max_loss_fraction)
         files.write_text(sweep / "verdict.txt", f"{verdict}\n")
         log.info("%s", verdict)
-    else:  # what stands there is of trials that were left out
+    else:  # existing ones show trials that are now left out
         for name in ("pareto.png", "verdict.txt"):
             (sweep / name).unlink(missing_ok=True)
 
 
-def objectives(raw: DictConfig) -> tuple[float, float, float] | None:
-    """What Hydra's Optuna sweeper is given to optimise: exact calls, seconds, bytes.
+def require_effect(variant: str, overrides: Sequence[str], unread: Sequence[str]) -> None:
+    """Raises ValueError for an override that no stage of a trial reads: every trial would repeat the first."""
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.partition(".")[0] not in (*SETTINGS, "paths", "sweep", "variant") or key.startswith(tuple(unread)):
+            raise ValueError(f"{key} has no effect on a trial of {variant}: its stages are {', '.join(STAGES)}")
 
-    None where a trial failed: the sweeper notes the failure and goes on, which it would not after an exception.
+
+def objectives(raw: DictConfig) -> tuple[float, float, float] | None:
+    """The objectives of Hydra's Optuna sweeper: exact-call fraction, seconds, bytes.
+
+    None if the trial failed: the sweeper then records the failure and goes on, which it would not after an exception.
     """
     os.chdir(HydraConfig.get().runtime.cwd)  # a launcher's worker starts elsewhere
     params = config.load(raw, Params)
     settings: Any = OmegaConf.to_container(raw, resolve=True)
-    read = {name: settings[name] for name in ("quantize", "techniques", "evaluate", "benchmark")}
+    read = {name: settings[name] for name in SETTINGS}
     others = {"int8", "int4"} - {params.variant} | ({"cuda"} if read["quantize"]["device"] == "cpu" else set())
     read["quantize"] = {key: value for key, value in read["quantize"].items() if key not in others}
-    row = run(params, read, list(HydraConfig.get().overrides.task))
+    overrides = list(HydraConfig.get().overrides.task)
+    require_effect(params.variant, overrides, [f"quantize.{name}." for name in others])
+    row = run(params, read, overrides)
     log.info("%s", {key: row.get(key) for key in ("overrides", "error", "exact_call_fraction", "p50_s")})
     return None if row["error"] else (row["exact_call_fraction"], row["p50_s"], row["model_bytes"])
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> tuple[float, float, float] | None:
-    from pipeline import sweep  # a launcher's worker gets this function alone, and Params as it is here is none there
+    from pipeline import sweep  # a launcher's worker gets only this function: Params is not usable there
 
     return sweep.objectives(raw)
 

@@ -1,8 +1,8 @@
 """Stage `train`: fine-tune the base model to make calls.
 
 Reads models/base and data/prepared/{train,validation}.jsonl; writes models/tuned, reports/train.json
-and the loss curves in reports/train. Interrupted, it goes on from its last checkpoint. On several GPUs
-or hosts: accelerate launch -m pipeline.train, with the same steps and losses.
+and the loss curves in reports/train. An interrupted training resumes from its last checkpoint. On several
+GPUs or hosts: accelerate launch -m pipeline.train, with the same steps and losses.
 """
 
 import ctypes
@@ -19,7 +19,6 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import hydra
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
@@ -43,7 +42,7 @@ from pipeline.toolcall.conversation import parse_request
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("float32", "bfloat16", "int8")
-INT8_MAX_TIME = 0.75  # of the next best: a step in int8 teaches a little less (docs/experiments.md)
+INT8_MAX_TIME = 0.75  # int8 needs at most this share of the next fastest's time: it learns less (docs/experiments.md)
 
 
 @dataclass
@@ -57,18 +56,18 @@ class LoraSettings:
 class TrainConfig:
     seed: int
     method: str  # full or lora
-    frozen_layers: int  # of full: the lowest layers and the embedding stay as they are; 0: all is trained
-    frozen_block_size: int  # these weights are first rounded to 4 bits, as int4's are in blocks of that size; 0: not
+    frozen_layers: int  # method full: the embedding and this many lowest layers are not trained; 0: all are
+    frozen_block_size: int  # these weights are first rounded to 4 bits in blocks of this size, as in int4; 0: kept
     learning_rate: float
     weight_decay: float
     warmup_fraction: float  # of the steps
     epochs: float
-    text_weight: float  # of a token in a reply of text, where one in a call has 1: texts can rarely be foreseen
-    precision: str  # float32, bfloat16, int8 (of the products alone), or auto: the fastest here, measured
+    text_weight: float  # in the loss, per token of a text reply (of a call: 1): texts are hard to predict
+    precision: str  # float32, bfloat16, int8 (matrix products only), or auto: the fastest, by measurement
     tokens_per_step: int  # prefixes included
     evaluations: int  # over the whole training
-    validation_requests: int  # how many of the validation split, evenly spaced, an evaluation takes
-    patience: int  # evaluations without improvement before it stops
+    validation_requests: int  # per evaluation, evenly spaced through the validation split
+    patience: int  # evaluations without improvement before training stops
     lora: LoraSettings
 
     def __post_init__(self) -> None:
@@ -94,24 +93,24 @@ class Params:
 
 
 class PrefixTrainer(Trainer):
-    """A Trainer whose batch is one step of requests behind shared prefixes."""
+    """A Trainer whose batch is one step: requests behind shared prefixes (model/shared_prefix.py)."""
 
-    dtype = torch.float32  # of all but the weights, which are float32
-    products: AbstractContextManager[Any] = nullcontext()  # how training computes them
-    head: tuple[torch.Tensor, torch.Tensor] | None = None  # of training, where the head itself is not trained
+    dtype = torch.float32  # of the computation; the weights stay float32
+    products: AbstractContextManager[Any] = nullcontext()  # context for the matrix products of training
+    head: tuple[torch.Tensor, torch.Tensor] | None = None  # shared_prefix.short_head, if the head is frozen
 
     def compute_in(self, precision: str) -> None:
         self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         self.products = Int8Products() if precision == "int8" else nullcontext()
 
     def fastest_precision(self) -> str:
-        """By one small step in each on a CPU, whose flags do not tell: some are slower in bfloat16 than in float32."""
+        """On a CPU, found by timing a small step in each: CPU flags do not tell if bfloat16 beats float32."""
         if self.args.device.type == "cuda":
             return "bfloat16"
         batch = _pack([{"step": self.train_dataset[0]["step"][:8]}])
         self.model.train()
         seconds = dict.fromkeys(PRECISIONS, float("inf"))
-        for precision in PRECISIONS * 3:  # in turn, and the best of each: the first has new memory to pay for
+        for precision in PRECISIONS * 3:  # in turn, best of three: the first also allocates memory
             self.compute_in(precision)
             start = time.perf_counter()
             self.compute_loss(self.model, batch).backward()
@@ -120,20 +119,20 @@ class PrefixTrainer(Trainer):
         log.info("seconds of a small step: %s", {name: round(found, 3) for name, found in seconds.items()})
         seconds["int8"] /= INT8_MAX_TIME
         found = [min(seconds, key=seconds.__getitem__)]
-        broadcast_object_list(found)  # all processes take that of the main one
+        broadcast_object_list(found)  # all processes use the main one's choice
         return found[0]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        del num_items_in_batch  # a step is a batch: its mean is taken in shared_prefix.loss
+        del num_items_in_batch  # a step is one batch, and shared_prefix.loss takes its mean
         products, head = (self.products, self.head) if model.training else (nullcontext(), None)
         with products:
             found = model(inputs, head, self.dtype)  # shared_prefix.loss
         return (found, {}) if return_outputs else found
 
     def get_train_dataloader(self) -> Any:
-        """Each process gets every step, and takes its share of the requests: a step is the same on any number."""
+        """Each process takes its share of every step's requests: steps are the same for any number of processes."""
         count, index = self.args.world_size, self.args.process_index
         steps = DataLoader(
             self.train_dataset,
@@ -144,17 +143,50 @@ class PrefixTrainer(Trainer):
 
 
 class LossCurves(TrainerCallback):
-    """Both losses by step, as DVC plots; transformers' own callback counts its log lines instead."""
+    """Training and validation loss by step, as DVC plots; transformers' own callback counts log lines, not steps.
+
+    A resumed training draws the earlier losses again: DVC removes a stage's outputs before it runs.
+    """
 
     def __init__(self, live: Live) -> None:
         self._live = live
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
+        for logs in state.log_history:
+            self._draw(logs["step"], logs)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         del args, control
-        self._live.step = state.global_step
+        self._draw(state.global_step, logs)
+
+    def _draw(self, step: int, logs: dict[str, float]) -> None:
+        self._live.step = step
         for key, name in (("loss", "train/loss"), ("eval_loss", "eval/loss")):
             if key in logs:
                 self._live.log_metric(name, logs[key])
+
+
+class Clock(TrainerCallback):
+    """Seconds of training, including those before the checkpoint from which it was resumed."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._start = file, time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
+        before = files.read_json(self._file) if state.global_step and self._file.exists() else {}
+        self._start = time.perf_counter() - before.get(str(state.global_step), 0.0)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
+        if state.is_world_process_zero:
+            before = files.read_json(self._file) if self._file.exists() else {}
+            files.write_json(self._file, {**before, str(state.global_step): self.seconds})
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
 
 
 def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainConfig) -> dict[str, Any]:
@@ -185,10 +217,9 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
                 task_type="CAUSAL_LM",
             ),
         )
-    model.forward = MethodType(shared_prefix.loss, model)  # what gradients of several processes are averaged around
+    model.forward = MethodType(shared_prefix.loss, model)  # DDP averages gradients of calls to forward only
     with process.main_process_first():
         checkpoints = _checkpoints(out, base_folder, examples, cfg)
-    start = time.perf_counter()
     last = get_last_checkpoint(str(checkpoints))
     trainer = make_trainer(model, examples, checkpoints, cfg)
     precision = cfg.precision if cfg.precision != "auto" else _fastest_precision(trainer, checkpoints, bool(last))
@@ -196,11 +227,13 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
     log.info("training on %d requests, %d to validate, in %s", *map(len, examples.values()), precision)
     with ExitStack() as stack:
         if process.is_main_process:
-            live = Live(str(report.with_suffix("")), dvcyaml=None, report=None, save_dvc_exp=False, resume=bool(last))
+            live = Live(str(report.with_suffix("")), dvcyaml=None, report=None, save_dvc_exp=False)
             trainer.add_callback(LossCurves(stack.enter_context(live)))
+        clock = Clock(checkpoints / "seconds.json")
+        trainer.add_callback(clock)
         trainer.train(resume_from_checkpoint=last)
     metrics = {
-        "train_s": time.perf_counter() - start,
+        "train_s": clock.seconds,
         "steps": trainer.state.global_step,
         "steps_planned": trainer.state.max_steps,
         "stopped_early": trainer.state.global_step < trainer.state.max_steps,
@@ -221,16 +254,16 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
         files.write_json(report, metrics | {"provenance": provenance(cfg)})
         shutil.rmtree(checkpoints)
         log.info("best validation loss %.4f at step %s", trainer.state.best_metric, metrics["best_step"])
-    process.wait_for_everyone()  # one that ended with its connections open would abort, and take the others along
+    process.wait_for_everyone()  # a process that exits with open connections aborts, and the others with it
     process.destroy_process_group()
     return metrics
 
 
 def freeze(model: Any, layers: int, block_size: int = 0) -> None:
-    """Gradients then end above these layers, which saves two thirds of their arithmetic.
+    """Freeze the embedding and the lowest layers: without their gradients they take a third of the arithmetic.
 
-    With a `block_size` their matrices go on the grid that INT4 has: what training builds on, INT4 keeps exactly.
-    Raises ValueError where the model has no more layers than that, or the size does not divide a matrix's inputs.
+    With a `block_size` their matrices are rounded to INT4's grid, so INT4 keeps exactly what training builds on.
+    Raises ValueError if the model has no more than `layers` layers or `block_size` does not divide a matrix's inputs.
     """
     found = model.get_decoder().layers
     if layers >= len(found):
@@ -246,7 +279,7 @@ def freeze(model: Any, layers: int, block_size: int = 0) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Of glibc: it hands large blocks back to the system, and getting them again took a sixth of the training."""
+    """Keep glibc from returning large blocks to the system: allocating them again took a sixth of the training."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
@@ -260,7 +293,7 @@ def refuse_int8_on_a_gpu(precision: str) -> None:
 
 
 def read_examples(rows: Iterable[tuple[str, Any]], tokenizer: Any, text_weight: float) -> list[shared_prefix.Example]:
-    """Of a conversation, all that the assistant says is learnt: its earlier replies are there, and cost no step."""
+    """All of the assistant's replies in a conversation are learnt: the earlier ones are in the tokens anyway."""
     prefixes: dict[str, list[int]] = {}
     examples = []
     weights = {"call": 1.0, "text": text_weight}
@@ -280,7 +313,7 @@ def read_examples(rows: Iterable[tuple[str, Any]], tokenizer: Any, text_weight: 
 
 
 def _each_once(examples: list[shared_prefix.Example]) -> list[shared_prefix.Example]:
-    """Without the earlier replies that are learnt elsewhere: an agent's log has each turn with all before it."""
+    """Drop earlier replies that another example teaches: an agent's log has each turn with all before it."""
     learnt = {tuple(example.tokens) for example in examples}
     found = []
     for example in examples:
@@ -328,7 +361,7 @@ def make_trainer(
         report_to=[],
         dataloader_pin_memory=False,
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are accelerate's: DataParallel would cut a step up
+    arguments._n_gpu = min(1, arguments.n_gpu)  # accelerate uses the other GPUs; DataParallel would split a step
     trainer = PrefixTrainer(
         model=model,
         args=arguments,
@@ -358,7 +391,7 @@ def _pack(rows: list[dict[str, Any]], count: int = 1, index: int = 0) -> dict[st
 
 
 def _checkpoints(out: Path, base_folder: Path, examples: Any, cfg: TrainConfig) -> Path:
-    """The folder to checkpoint to; one that another base, data or settings left is emptied first."""
+    """The folder for checkpoints; emptied first if they are from another base, data or settings."""
     folder = out.with_name(f"{out.name}.checkpoints")
     inputs = {
         "settings": asdict(cfg),
@@ -373,7 +406,7 @@ def _checkpoints(out: Path, base_folder: Path, examples: Any, cfg: TrainConfig) 
 
 
 def _fastest_precision(trainer: PrefixTrainer, checkpoints: Path, goes_on: bool) -> str:
-    """A training that goes on keeps the one it began with."""
+    """A resumed training keeps the precision it began with."""
     chosen = checkpoints / "precision.json"
     if goes_on and chosen.exists():
         return str(files.read_json(chosen))
@@ -383,7 +416,7 @@ def _fastest_precision(trainer: PrefixTrainer, checkpoints: Path, goes_on: bool)
     return precision
 
 
-@hydra.main(version_base="1.3", config_path="..", config_name="params")
+@config.main
 def main(raw: DictConfig) -> None:
     params = config.load(raw, Params)
     paths = params.paths

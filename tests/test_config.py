@@ -27,6 +27,12 @@ def load(schema: type, *changes: str) -> object:
         (train.Params, "train.learningrate=1", "train.learningrate"),
         (train.Params, "train.epochs=many", "train.epochs"),
         (prepare.Params, "prepare.validation_fraction=1.5", "prepare.validation_fraction must lie in"),
+        (
+            prepare.Params,
+            "prepare.none_fraction=0.9",
+            r"foreign_fraction and later_fraction add up to 1.04",
+        ),
+        (benchmark.Params, "benchmark.concurrency=[]", "benchmark.concurrency must hold at least one value"),
         (quantize.Params, "quantize.int8.bits=5", r"bits must be one of \[4, 8\], got 5"),
         (quantize.Params, "variant=int3", r"variant must be one of \['int8', 'int4'\], got 'int3'"),
         (cost.Params, "cost.machine=nebius-h200", r"cost.machine must be one of \['aws-c7i.xlarge', 'fly-perf"),
@@ -63,3 +69,12 @@ def test_a_stage_takes_overrides_and_refuses_unknown_ones_on_its_command_line(tm
     assert done.returncode != 0
     assert "request" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_help_says_what_a_stage_does_and_its_settings() -> None:
+    """Hydra's own lists every folder as a group of settings: it took minutes, and told neither."""
+    command = [sys.executable, "-m", "pipeline.score", "--help"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert said.startswith("Score the calls of any other model")
+    assert "\nscore:\n  replies: null\n" in said
+    assert "\ntrain:" not in said

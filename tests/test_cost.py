@@ -20,7 +20,8 @@ CFG = CostConfig("box", None, {"box": CPU, "card": GPU}, 0.5, [1.0], 2.0, 10**6,
 def write(reports: Path, calls_per_s: float, *names: str, gpu: str | None = None) -> None:
     """A call is 20 tokens, four of five are right; two clients get twice as many, over the p95 limit."""
     folder = "cuda/" if gpu else ""
-    where = {"settings_sha256": "0", "machine": {"gpu": {"name": gpu}}}
+    inputs = {"inputs_sha256": {"requests": "r", "model": "m"}}
+    where = {"settings_sha256": "0", "machine": {"gpu": {"name": gpu}}, **inputs}
     levels = [
         {"concurrency": n, "calls_per_s": n * calls_per_s, "new_tokens_per_s": 20 * n * calls_per_s, "p95_s": 1.5 * n}
         for n in (1, 2)
@@ -30,7 +31,8 @@ def write(reports: Path, calls_per_s: float, *names: str, gpu: str | None = None
     replies += 20 * [reply | {"outcome": "silent", "apart": True}]  # not in the test's figures, nor in those of costs
     for name in names:
         files.write_json(reports / f"benchmark/{folder}{name}.json", {"by_concurrency": levels, "provenance": where})
-        files.write_json(reports / f"evaluate/{folder}{name}.json", {"exact_call_fraction": 0.8, "withheld": False})
+        scored = {"exact_call_fraction": 0.8, "withheld": False, "provenance": inputs}
+        files.write_json(reports / f"evaluate/{folder}{name}.json", scored)
         files.write_jsonl(reports / f"evaluate/{folder}{name}.replies.jsonl", replies)
 
 

@@ -129,10 +129,11 @@ def test_gpu_is_measured_only_where_it_was_compared(paths: config.Paths, monkeyp
 def test_replies_to_many_clients_must_be_those_to_one(paths: config.Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of many come from another way through the model: a row of the KV cache each."""
     scored(paths)
-    cfg = load(benchmark.Params, "benchmark.device=cuda", "variant=fused-fp16").benchmark
+    least = "benchmark.min_same_reply_fraction=0.5"
+    cfg = load(benchmark.Params, "benchmark.device=cuda", "variant=fused-fp16", least).benchmark
     ask = benchmark.ask
     monkeypatch.setattr(benchmark, "ask", lambda *given: dataclasses.replace(ask(*given), text="!!!"))
-    with pytest.raises(RuntimeError, match=r"fused-fp16 gives the reply of one client to 1 on 0\.00% of the requests"):
+    with pytest.raises(RuntimeError, match=r"fused-fp16 gives the reply of one client to 1 on 0\.0% of the calls"):
         benchmark.run(paths, paths.reports / "benchmark", "fused-fp16", ALL, cfg)
     assert not (paths.reports / "benchmark/cuda/fused-fp16.json").exists()
 
@@ -140,13 +141,14 @@ def test_replies_to_many_clients_must_be_those_to_one(paths: config.Paths, monke
 def test_export_for_cuda_needs_no_gpu(paths: config.Paths) -> None:
     torch.set_num_threads(1)  # on a busy machine several wait for each other, for minutes
     cfg = load(export.Params, "export.device=cuda").export
-    tuned, report = paths.models / "tuned", paths.reports / "export/cuda.json"
-    found = export.run(tuned, paths.prepared / "test.jsonl", paths.models, report, cfg)
+    report = paths.reports / "export/cuda.json"
+    found = export.run(paths, report, cfg)
     assert {path.name for path in (paths.models / "cuda").iterdir()} == {"torch-fp16", "fused-fp16"}
+    assert (paths.models / "cuda/fused-fp16/tools.json").read_bytes() == paths.tools.read_bytes()
     assert all(found[f"cuda/{name}"]["max_logit_difference"] < 0.01 for name in ("torch-fp16", "fused-fp16"))
     cfg.max_logit_difference_fp16 = 0
     with pytest.raises(RuntimeError, match=r"cuda/torch-fp16 differs .*export\.max_logit_difference_fp16 allows 0"):
-        export.run(tuned, paths.prepared / "test.jsonl", paths.models, report, cfg)
+        export.run(paths, report, cfg)
 
 
 def test_quantize_for_cuda_needs_no_gpu(paths: config.Paths) -> None:

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline import config, files
-from pipeline.evaluate import Params, run
+from pipeline.evaluate import Params, compare, different, run
 from pipeline.runtime.generation import ALL
 
 ROOT = Path(__file__).parents[1]
@@ -113,3 +113,14 @@ def test_requests_later_in_a_conversation_are_scored_apart(paths: config.Paths) 
         score(paths, "keyword", asked("show c.py", "c.py"))
     files.write_jsonl(paths.reports / "own-later.jsonl", [])
     assert "later" not in score(paths, "keyword", asked("show a.py", "a.py"))
+
+
+def test_a_reference_that_was_asked_otherwise_under_the_same_ids_is_none(tmp_path: Path) -> None:
+    """An edited request counted as won or lost by the variant."""
+    rows = [{"id": f"r{n}", "request": f"find {n}", "outcome": "exact", "reply": "x", "changed": False} for n in "123"]
+    files.write_jsonl(tmp_path / "replies.jsonl", [row | {"outcome": "silent", "reply": "y"} for row in rows])
+    assert compare(tmp_path / "replies.jsonl", rows) == 0.25
+    assert different(tmp_path / "replies.jsonl", rows) == ["r1", "r2", "r3"]
+    edited = [rows[0] | {"request": "find one"}, *rows[1:]]
+    assert compare(tmp_path / "replies.jsonl", edited) is None
+    assert different(tmp_path / "replies.jsonl", edited) is None

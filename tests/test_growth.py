@@ -82,6 +82,7 @@ def test_request_has_the_wanted_tokens_its_question_and_its_end(tiny_base: Path)
     [
         ("parts=[prompts]", r"growth\.parts must be one of"),
         ("prompt_tokens=[16]", r"growth\.prompt_tokens must lie in \[32"),
+        ("clients=[]", r"growth\.clients must hold at least one value"),
         ("clients=[0]", r"growth\.clients must lie in \[1"),
         ("shapes=[gpt-2]", r"growth\.shapes must be one of .*llama-3\.2-1b"),
         ("calls=0", r"growth\.calls must lie in \[1"),

@@ -125,6 +125,6 @@ def test_the_report_has_the_seeds_mean_and_spread(params: Params) -> None:
     assert learning_section.markdown(learning_section.read(params.paths.reports)) == []
     run(params, [])
     text = "\n\n".join(learning_section.markdown(learning_section.read(params.paths.reports)))
-    assert "Over 3 seeds 80.3% of the test's calls are exact (78.0 to 82.0, standard deviation 2.1 points)" in text
+    assert "on the test, mean of 3 seeds: 80.3% (78.0 to 82.0, standard deviation 2.1 points)" in text
     assert text.count("| 800") == 3
     assert (params.paths.reports / "learning-curve.png").stat().st_size > 10_000

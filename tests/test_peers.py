@@ -28,7 +28,7 @@ KEYS = {  # DESIGN.md
     *("version", "weights", "model_bytes", "exact_call_fraction", "call_s"),
     *("prefill_tokens_per_s", "decode_tokens_per_s", "calls_per_s_at_20"),
 }
-BENCHMARK = BenchmarkConfig("cpu", 1, 0, 2, 0.0, [1], 1, 1, 1, 4)
+BENCHMARK = BenchmarkConfig("cpu", 1, 0, 2, 0.0, [1], 1, 1, 1, 0.0, 1, 4)
 # Says what WORK's "model", a file of tokens, says; or nothing but an error.
 ECHO = """
 import json, harness
@@ -145,7 +145,7 @@ def test_peers_that_are_less_right_are_not_compared() -> None:
         "right": {"exact_call_fraction": 0.8, "call_s": {"p50": 0.3}},
     }
     lines = side_by_side.as_right({"ours": ours, "peers": peers})
-    assert lines == ["- int8, 80.0% exact, 100 ms: right, 300 ms: 3.00 times ours"]
+    assert lines == ["- int8, 80.0% exact, 100 ms: right, 300 ms: 3.00 times our time"]
     del peers["right"]
     assert side_by_side.as_right({"ours": ours, "peers": peers}) == ["- int8, 80.0% exact, 100 ms: none"]
 

@@ -56,3 +56,9 @@ def test_nothing_recommended_asks_for_a_name(paths: config.Paths) -> None:
     files.write_json(paths.reports / "report.json", {"recommended": None})
     with pytest.raises(RuntimeError, match=r"recommends no variant: name one with release\.variant"):
         run(paths, "", ReleaseConfig(None, None))
+
+
+def test_a_recommended_variant_that_is_not_served_asks_for_another(paths: config.Paths) -> None:
+    files.write_json(paths.reports / "report.json", {"recommended": "torch-fp32"})
+    with pytest.raises(RuntimeError, match=r"recommends torch-fp32, which is not served: name one"):
+        run(paths, "", ReleaseConfig(None, None))

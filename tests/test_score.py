@@ -21,7 +21,10 @@ def scored(folder: Path, replies: list[Any], reference: tuple[str, ...] = ()) ->
     files.write_jsonl(folder / "other.jsonl", replies)
     paths = config.Paths(ROOT / "data/tools.json", *(folder / name for name in ("", "", "", "", "reports")))
     if reference:
-        rows = [{"id": value["id"], "outcome": outcome} for value, outcome in zip(REQUESTS, reference, strict=True)]
+        rows = [
+            {"id": value["id"], "request": value["messages"][0]["content"], "outcome": outcome}
+            for value, outcome in zip(REQUESTS, reference, strict=True)
+        ]
         files.write_jsonl(paths.reports / "evaluate/int8.replies.jsonl", rows)
     return run(paths, ScoreConfig(folder / "other.jsonl", folder / "test.jsonl"))
 

@@ -133,7 +133,12 @@ def test_trials_fail_alone_and_are_not_done_twice(project: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "error"),
-    [("quantize.int4.blocksize=32", "Key 'blocksize' is not in struct"), ("variant=int2", "variant must be one of")],
+    [
+        ("quantize.int4.blocksize=32", "Key 'blocksize' is not in struct"),
+        ("variant=int2", "variant must be one of"),
+        ("quantize.int8.block_size=32", "quantize.int8.block_size has no effect on a trial of int4"),
+        ("train.frozen_layers=0", "train.frozen_layers has no effect on a trial of int4"),
+    ],
 )
 def test_what_no_trial_can_have_is_refused(project: Path, override: str, error: str) -> None:
     running = start(project, override)

@@ -118,11 +118,16 @@ def test_interrupted_training_goes_on_and_ends_as_if_it_had_not_been(
             trained(tiny_base, prepared, tmp_path / "cut", precision="auto")
     assert (tmp_path / "cut/tuned.checkpoints").exists()
     assert not (tmp_path / "cut/tuned").exists()
+    before_s = max(files.read_json(tmp_path / "cut/tuned.checkpoints/seconds.json").values())
+    shutil.rmtree(tmp_path / "cut/train")  # as DVC does with the outputs of a stage that it runs again
     again = trained(tiny_base, prepared, tmp_path / "cut", precision="auto")
     assert again["precision"] == "float32"
+    assert again["train_s"] > before_s
     assert again["best_validation_loss"] == pytest.approx(whole["best_validation_loss"], rel=1e-4)
-    curves = [pd.read_csv(tmp_path / name / "train/plots/metrics/eval/loss.tsv", sep="\t") for name in ("whole", "cut")]
-    assert curves[0]["step"].tolist() == curves[1]["step"].tolist()
+    for kind in ("train", "eval"):
+        file = f"train/plots/metrics/{kind}/loss.tsv"
+        curves = [pd.read_csv(tmp_path / name / file, sep="\t") for name in ("whole", "cut")]
+        assert curves[0]["step"].tolist() == curves[1]["step"].tolist()
 
 
 def test_checkpoints_of_other_settings_are_not_gone_on_from(tiny_base: Path, prepared: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How right a variant's replies are: one row a request, then shares over the rows."""
+"""Accuracy of a variant's replies: one row per request, then shares over the rows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from pipeline.toolcall.conversation import NONE, Request
 class Answer:
     text: str
     confidence: float = 1.0
-    changed: bool = False  # by the grammar, or a likelier reply
+    changed: bool = False  # by the grammar, or by choosing a likelier call
 
 
 def row(request: Request, answer: Answer) -> dict[str, Any]:
@@ -79,12 +79,12 @@ def measures(requests: Sequence[Request], rows: Sequence[dict[str, Any]]) -> dic
 
 
 def summary(requests: Sequence[Request], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The measures of a part of the requests, but for the long ones."""
+    """The measures of some of the requests, without `confusion` and `calibration`."""
     return {name: value for name, value in measures(requests, rows).items() if name not in ("confusion", "calibration")}
 
 
 def confusion(requests: Sequence[Request], rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Right tool -> called tool -> requests; `none` stands for no call, `malformed` for one that cannot be read."""
+    """Right tool -> called tool -> number of requests; `none`: no call, `malformed`: a call that cannot be parsed."""
     found: dict[str, Counter[str]] = {}
     for request, made in zip(requests, rows, strict=True):
         call = replies.parse_call(made["reply"])
@@ -94,7 +94,7 @@ def confusion(requests: Sequence[Request], rows: Sequence[dict[str, Any]]) -> di
 
 
 def calibration(rows: Sequence[dict[str, Any]], exact: Sequence[bool]) -> dict[str, Any]:
-    """Of the calls made: the confidence of a text is of all its words, which says little about abstaining."""
+    """Over calls only: the confidence of a text is that of all its words, which says little about abstaining."""
     calls = [(row["confidence"], hit) for row, hit in zip(rows, exact, strict=True) if row["called"]]
     if not calls:
         return {"n": 0, "expected_calibration_error": None, "reliability": [], "risk_coverage": []}
@@ -104,10 +104,10 @@ def calibration(rows: Sequence[dict[str, Any]], exact: Sequence[bool]) -> dict[s
         "n": len(calls),
         "expected_calibration_error": expected_calibration_error(parts),
         "reliability": parts,
-        "risk_coverage": [*curve[: -1 : max(1, len(calls) // 100)], curve[-1]],  # the last is of all calls
+        "risk_coverage": [*curve[: -1 : max(1, len(calls) // 100)], curve[-1]],  # the last point covers all calls
     }
 
 
 def _share(rows: Sequence[dict[str, Any]], key: str) -> float | None:
-    """None where there are no rows: no share is not a share of zero."""
+    """None if there are no rows, which is not a share of zero."""
     return sum(bool(row[key]) for row in rows) / len(rows) if rows else None

@@ -1,4 +1,4 @@
-"""What changed between two runs of the pipeline, and which changes are larger than their noise."""
+"""Changes between two runs of the pipeline, and which of them exceed their noise."""
 
 import json
 import subprocess
@@ -11,9 +11,9 @@ import pandas as pd
 
 from pipeline.bench.statistics import mcnemar_p
 
-Read = Callable[[str], str]  # the text of a file below the reports' folder
+Read = Callable[[str], str]  # path in the reports' folder -> text of the file
 RESAMPLES = 2000
-RUN_TO_RUN = 0.1  # two runs of one model on one machine: their medians were seen to differ by so much (experiments.md)
+RUN_TO_RUN = 0.1  # by how much medians of one model on one machine differ between runs (docs/experiments.md)
 
 
 def of_folder(reports: Path) -> Read:
@@ -21,7 +21,7 @@ def of_folder(reports: Path) -> Read:
 
 
 def of_revision(reports: Path, revision: str) -> Read:
-    """Raises ValueError for a revision that git does not know, or that has no such report."""
+    """Reading raises ValueError if git does not know the revision, or it has no such report."""
 
     def read(name: str) -> str:
         command = ["git", "show", f"{revision}:./{(reports / name).as_posix()}"]
@@ -34,7 +34,7 @@ def of_revision(reports: Path, revision: str) -> Read:
 
 
 def changes(before: Read, now: Read, variants: Sequence[str], significance: float) -> pd.DataFrame:
-    """One row for each variant and measure: exact calls, p50 and bytes."""
+    """One row per variant and measure (exact calls, p50, bytes)."""
     rows = []
     for variant in variants:
         found = _exact(before, now, variant, significance), _p50(before, now, variant), _bytes(before, now, variant)
@@ -43,15 +43,17 @@ def changes(before: Read, now: Read, variants: Sequence[str], significance: floa
 
 
 def _exact(before: Read, now: Read, variant: str, significance: float) -> dict[str, str]:
-    """On the requests that both runs scored, pair by pair."""
+    """Over the requests that both runs scored, in pairs."""
     hits = []
     for read in (before, now):
         lines = [json.loads(line) for line in read(f"evaluate/{variant}.replies.jsonl").splitlines()]
-        hits.append({line["id"]: line["outcome"] == "exact" for line in lines if not line.get("apart")})
-    both = [name for name in hits[0] if name in hits[1]]
+        hits.append(
+            {(line["id"], line["request"]): line["outcome"] == "exact" for line in lines if not line.get("apart")}
+        )
+    both = [asked for asked in hits[0] if asked in hits[1]]
     if not both:
         return _row("exact calls", "", "", "", "no request in common")
-    old, new = ([hit[name] for name in both] for hit in hits)
+    old, new = ([hit[asked] for asked in both] for hit in hits)
     p = mcnemar_p(old, new)
     fractions = [sum(side) / len(both) for side in (old, new)]
     old_text, new_text = (f"{fraction:.1%}" for fraction in fractions)
@@ -60,7 +62,7 @@ def _exact(before: Read, now: Read, variant: str, significance: float) -> dict[s
 
 
 def _p50(before: Read, now: Read, variant: str) -> dict[str, str]:
-    """With a bootstrap interval of the ratio. It holds for calls of one run; runs differ by RUN_TO_RUN beside it."""
+    """With a bootstrap interval of the ratio, which covers noise within a run; RUN_TO_RUN comes on top of it."""
     old, new = (np.array(_json(read, f"benchmark/{variant}.samples.json")["call_s"]) for read in (before, now))
     rng = np.random.default_rng(0)
     medians = [np.median(rng.choice(side, (RESAMPLES, len(side))), axis=1) for side in (old, new)]

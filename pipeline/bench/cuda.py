@@ -1,4 +1,4 @@
-"""The variants of a GPU, and the gate before their numbers: replies there must be those on the CPU.
+"""The variants for a GPU, and the gate before they are measured: their replies must equal those on the CPU.
 
 Imports nothing that needs a GPU.
 """
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from pipeline import files
 
-FOLDERS = {  # of models
+FOLDERS = {  # in the models' folder
     "torch-fp32": "tuned",
     "torch-fp16": "cuda/torch-fp16",
     "fused-fp16": "cuda/fused-fp16",
     "int8": "cuda/int8",
     "int4": "cuda/int4",
 }
-HELD = ("fused-fp16", "int8", "int4")  # by the grammar, with all techniques; the others answer as they are
+HELD = ("fused-fp16", "int8", "int4")  # use the grammar and all other techniques; the others decode plainly
 REFERENCE = "fused-fp16"  # quantized variants are compared with it, request by request
 
 
@@ -24,21 +24,17 @@ def same_reply_fraction(replies: Sequence[str], on_cpu: Sequence[str]) -> float:
     return sum(one == other for one, other in zip(replies, on_cpu, strict=True)) / len(replies)
 
 
-def require_parity(variant: str, fraction: float, least: float, whose: str = "the CPU's reply") -> None:
-    """Raises RuntimeError below `least`: some GPUs compute garbage, and fast (onnxruntime-genai#2291)."""
+def require_parity(variant: str, fraction: float, least: float) -> None:
+    """Raises RuntimeError if `fraction` is below `least`: some GPUs compute garbage, fast (onnxruntime-genai#2291)."""
     if fraction < least:
         raise RuntimeError(
-            f"{variant} gives {whose} on {fraction:.2%} of the requests; "
+            f"{variant} gives the CPU's reply on {fraction:.2%} of the requests; "
             f"evaluate.min_same_reply_fraction asks for {least:.2%}: no number of this GPU is written"
         )
 
 
-def require_evaluated(report: Path, gpu: str) -> float:
-    """The least share of equal replies that this GPU had to have there.
-
-    Raises RuntimeError where `evaluate`, which holds the gate, has written nothing, or on another GPU than `gpu`, or
-    that too few replies are equal.
-    """
+def require_evaluated(report: Path, gpu: str) -> None:
+    """Raises RuntimeError unless `evaluate` wrote `report` on this `gpu`, with enough replies equal to the CPU's."""
     first = f"first python -m pipeline.evaluate variant={report.stem} evaluate.device=cuda"
     if not report.exists():
         raise RuntimeError(f"no {report}: a GPU is measured once its replies were compared with the CPU's; {first}")
@@ -46,4 +42,3 @@ def require_evaluated(report: Path, gpu: str) -> float:
     if found["gpu"] != gpu:
         raise RuntimeError(f"{report} is of {found['gpu']}, and this is {gpu}; {first}")
     require_parity(report.stem, found["same_reply_fraction_vs_cpu"], found["min_same_reply_fraction"])
-    return float(found["min_same_reply_fraction"])

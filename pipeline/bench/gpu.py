@@ -1,4 +1,4 @@
-"""What NVML says of the GPU: which it is, and what this process takes of it. Only for where the device is CUDA."""
+"""What NVML says of the GPU: its properties, and how much of it this process uses. Only for the device cuda."""
 
 import os
 import threading
@@ -13,16 +13,16 @@ import pynvml
 @dataclass(frozen=True)
 class Sample:
     memory_bytes: int
-    # Of NVML's last period (up to a second) in which any kernel ran, of any process. None where the GPU does not say.
+    # Share of NVML's last period (up to a second) in which any process ran a kernel. None if the GPU does not say.
     utilisation_fraction: float | None
     power_w: float | None
 
 
 class Gpu:
-    """The first of CUDA_VISIBLE_DEVICES, or of all. Its numbers are NVML's: set CUDA_DEVICE_ORDER=PCI_BUS_ID too."""
+    """The first of CUDA_VISIBLE_DEVICES, or of all GPUs, in NVML's order: set CUDA_DEVICE_ORDER=PCI_BUS_ID too."""
 
     def __init__(self, nvml: Any = pynvml) -> None:
-        """`nvml`: pynvml, or a fake of it. Raises RuntimeError where it finds no GPU."""
+        """`nvml`: pynvml, or a fake of it. Raises RuntimeError if it finds no GPU."""
         self._nvml = nvml
         try:
             nvml.nvmlInit()
@@ -45,7 +45,7 @@ class Gpu:
         }
 
     def bandwidth_bytes_per_s(self) -> float:
-        """On paper: the memory's highest clock, two transfers a cycle, times the width of its bus."""
+        """Theoretical: the memory's highest clock, times two transfers per cycle, times the width of its bus."""
         clock_mhz = self._nvml.nvmlDeviceGetMaxClockInfo(self._handle, self._nvml.NVML_CLOCK_MEM)
         return float(clock_mhz * 1e6 * 2 * self._nvml.nvmlDeviceGetMemoryBusWidth(self._handle) / 8)
 
@@ -59,7 +59,7 @@ class Gpu:
         )
 
     def _offered(self, ask: Callable[[Any], Any]) -> Any:
-        """None where this GPU, or a part of one (MIG), does not say."""
+        """None if this GPU, or its MIG instance, does not say."""
         try:
             return ask(self._handle)
         except self._nvml.NVMLError as error:
@@ -68,7 +68,7 @@ class Gpu:
             return None
 
     def _memory_bytes(self) -> int:
-        """This process's; where NVML does not list it, as in a container, what came on the GPU since the beginning."""
+        """Of this process; if NVML does not list it, as in a container, the GPU's growth since this object was made."""
         for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle):
             if process.pid == os.getpid() and process.usedGpuMemory is not None:
                 return int(process.usedGpuMemory)
@@ -76,7 +76,7 @@ class Gpu:
 
     @contextmanager
     def watch(self, interval_s: float = 0.02) -> Iterator[list[Sample]]:
-        """Samples of the time until the block ends, at least one."""
+        """A list that gets a sample every `interval_s`, and one when the block ends."""
         samples: list[Sample] = []
         over = threading.Event()
 
@@ -95,7 +95,7 @@ class Gpu:
 
 
 def measures(alone: Sequence[Sample], busy: Sequence[Sample]) -> dict[str, Any]:
-    """`alone`: while the model was loaded and answered one client. `busy`: under the load of the most clients."""
+    """`alone`: samples while the model loads and answers one client. `busy`: samples under the largest load."""
     return {
         "gpu_peak_bytes": max(sample.memory_bytes for sample in alone),
         "gpu_utilisation_fraction": _mean([sample.utilisation_fraction for sample in busy]),

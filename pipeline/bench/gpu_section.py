@@ -7,24 +7,29 @@ import pandas as pd
 
 from pipeline import files
 from pipeline.bench.cuda import FOLDERS
+from pipeline.bench.inputs import REQUESTS, differing
 from pipeline.bench.price import usd_per_million_tokens
 
 BASELINE = "torch-fp32"
 
 
 def read(reports: Path) -> dict[str, Any]:
-    """What the stages of pipeline/cuda/dvc.yaml wrote: by variant, and by shape under `speed`.
+    """The reports of the stages of pipeline/cuda/dvc.yaml: by variant, and by shape under `speed`.
 
-    `withheld`: the evaluate reports of variants that failed the gate, of which nothing else is shown.
+    `withheld`: the evaluate reports of variants that failed the gate; nothing else of them is shown. `unmeasured`: the
+    names of variants that passed it but have no benchmark.
 
-    Raises ValueError where variants were measured on different GPUs or with different settings.
+    Raises ValueError where variants were measured on different GPUs, with different settings, or one of them with
+    another model or other requests than it was scored with.
     """
     evaluated, measured = reports / "evaluate/cuda", reports / "benchmark/cuda"
     scored = {n: files.read_json(evaluated / f"{n}.json") for n in FOLDERS if (evaluated / f"{n}.json").exists()}
     withheld = {name: of for name, of in scored.items() if of["withheld"]}
-    names = [name for name in scored if name not in withheld and (measured / f"{name}.json").exists()]
+    passed = [name for name in scored if name not in withheld]
+    names = [name for name in passed if (measured / f"{name}.json").exists()]
     found: dict[str, Any] = {
         "withheld": withheld,
+        "unmeasured": [name for name in passed if name not in names],
         "evaluate": {name: scored[name] for name in names},
         "benchmark": {name: files.read_json(measured / f"{name}.json") for name in names},
         "speed": [files.read_json(path) for path in sorted((measured / "speed").glob("*.json"))],
@@ -33,6 +38,12 @@ def read(reports: Path) -> dict[str, Any]:
         (bench["provenance"]["settings_sha256"], bench["provenance"]["machine"]["gpu"]["name"])
         for bench in found["benchmark"].values()
     }
+    for name in names:
+        if differ := differing(scored[name], found["benchmark"][name], ("model", *REQUESTS)):
+            raise ValueError(
+                f"{measured}/{name}.json is of another {' and '.join(differ)} than {evaluated}/{name}.json; "
+                "dvc repro pipeline/cuda/dvc.yaml makes them anew"
+            )
     if len(runs) > 1:
         raise ValueError(
             f"{measured} is of different runs (settings or GPUs): {', '.join(names)}; "
@@ -48,18 +59,18 @@ def read(reports: Path) -> dict[str, Any]:
 
 
 def markdown(found: dict[str, Any], cost: dict[str, Any], on_cpu: str) -> list[str]:
-    """Its paragraphs; none where no GPU was measured. `on_cpu`: the variant to compare the cost of traffic with.
+    """The section's paragraphs; none if no GPU was measured. `on_cpu`: the CPU variant to compare costs with.
 
     Raises ValueError where `cost` (reports/cost.json) is from before the GPU was measured.
     """
-    parts = ["## On a GPU"] if found["benchmark"] or found["withheld"] else []
+    parts = ["## On a GPU"] if any(found[kind] for kind in ("benchmark", "withheld", "unmeasured")) else []
     if found["benchmark"]:
         unpriced = [name for name in found["benchmark"] if name not in cost.get("gpu_variants", {})]
         if unpriced:
             raise ValueError(
                 f"reports/cost.json has no price on a GPU for {', '.join(unpriced)}; dvc repro -f -s cost makes them"
             )
-        columns = ladder(found, cost).set_index("variant").T  # of so many figures, rows fit a page
+        columns = ladder(found, cost).set_index("variant").T  # transposed to fit a page
         parts += [
             str(columns.to_markdown(disable_numparse=True)),
             _how(found),
@@ -67,20 +78,22 @@ def markdown(found: dict[str, Any], cost: dict[str, Any], on_cpu: str) -> list[s
         ]
     parts += [
         f"Withheld: on {of['gpu']}, {name} gives the CPU's reply on {of['same_reply_fraction_vs_cpu']:.1%} of the "
-        f"requests, where {of['min_same_reply_fraction']:.1%} are asked for."
+        f"requests; {of['min_same_reply_fraction']:.1%} are required."
         for name, of in found["withheld"].items()
     ]
+    if found["unmeasured"]:
+        parts += [f"Not measured: {', '.join(found['unmeasured'])}; dvc repro pipeline/cuda/dvc.yaml says why."]
     if found["speed"]:
-        parts += ["## Other sizes on a GPU: speed only, random weights"]
+        parts += ["## Other model sizes on a GPU: speed only, random weights"]
         for shape in found["speed"]:
             where = f"on {', '.join(sorted(_gpus(shape)))}"
             parts += [f"{shape['shape']} (`{shape['source']}`), {where}:", _table(speed(shape, cost))]
-        said = "PyTorch answers one request at a time, whatever the number of clients."
+        said = "PyTorch answers one request at a time, regardless of the number of clients."
         if "gpu_machine" in cost:
             machine, utilisation = cost["gpu_machine"], cost["gpu_break_even"]["utilisation"]
             said += (
-                " A million generated tokens is priced at the number of clients with the most calls a second, on "
-                f"{machine['name']} at {machine['usd_per_hour']} USD an hour, busy {utilisation:.0%} of it."
+                " A million generated tokens is priced at the number of clients with the most calls/s, on "
+                f"{machine['name']} at {machine['usd_per_hour']} USD per hour, busy {utilisation:.0%} of it."
             )
         parts += [said]
     return parts
@@ -97,7 +110,7 @@ def ladder(found: dict[str, Any], cost: dict[str, Any]) -> pd.DataFrame:
             {
                 "variant": name,
                 "exact calls": f"{scored['exact_call_fraction']:.1%} ({low:.1%} to {high:.1%})",
-                "replies as on the CPU": f"{scored['same_reply_fraction_vs_cpu']:.1%}",
+                "same reply as CPU": f"{scored['same_reply_fraction_vs_cpu']:.1%}",
                 **{f"{p} ms": f"{1e3 * bench['call_s'][p]:.1f}" for p in ("p50", "p95", "p99")},
                 "faster": f"{base['call_s']['p50'] / bench['call_s']['p50']:.2f}x" if base else "",
                 **{f"calls/s at {row['concurrency']}": f"{row['calls_per_s']:.1f}" for row in bench["by_concurrency"]},
@@ -105,9 +118,9 @@ def ladder(found: dict[str, Any], cost: dict[str, Any]) -> pd.DataFrame:
                 "GPU peak MB": f"{bench['gpu_peak_bytes'] / 1e6:.0f}",
                 "GPU busy": _share(bench["gpu_utilisation_fraction"]),
                 "W": "" if bench["gpu_power_w"] is None else f"{bench['gpu_power_w']:.0f}",
-                "of the memory's bandwidth": f"{bench['bandwidth_fraction']:.1%}",
+                "memory bandwidth used": f"{bench['bandwidth_fraction']:.1%}",
                 "USD per million tokens": f"{priced['usd_per_million_tokens']:.3f}",
-                "USD per 1,000 correct calls": "" if correct is None else f"{correct:.4f}",
+                "USD per 1,000 exact calls": "" if correct is None else f"{correct:.4f}",
             }
         )
     return pd.DataFrame(rows)
@@ -156,9 +169,9 @@ def _how(found: dict[str, Any]) -> str:
         f"{gpu['name']}, driver {gpu['driver']}, clocks up to {gpu['max_sm_clock_hz'] / 1e6:.0f} MHz (memory "
         f"{gpu['max_memory_clock_hz'] / 1e6:.0f} MHz). torch-fp32 is PyTorch eager, torch-fp16 has compiled steps and "
         "a static cache; both decode token by token. The others have all techniques, and float16 activations: dynamic "
-        "INT8 has no CUDA kernels. No variant is measured before its replies were compared with the CPU's. GPU memory "
-        "is this process's, with one client; how busy and how many watts, the mean under the load of the most clients, "
-        "whose requests wait their turn."
+        "INT8 has no CUDA kernels. Every variant's replies were compared with the CPU's before it was measured. GPU "
+        "memory: this process's, with one client. GPU busy and W: means with the most clients. PyTorch's requests "
+        "queue; with the others up to `benchmark.cuda_together` are decoded together."
     )
 
 
@@ -169,19 +182,19 @@ def _break_even(found: dict[str, Any], cost: dict[str, Any], on_cpu: str) -> str
     if at["calls_per_day"] is None:
         needed = at["cpu_machines_for_gpu_calls"]
         how = (
-            f"never costs less: for all the {at['gpu_calls_per_day']:,.0f} calls a day that it answers, {needed} "
-            f"{cpu['name']} are enough, {needed * cpu['usd_per_hour']:.2f} USD an hour."
+            f"never costs less: {needed} {cpu['name']} are enough for all {at['gpu_calls_per_day']:,.0f} calls/day it "
+            f"can answer, at {needed * cpu['usd_per_hour']:.2f} USD per hour."
         )
     else:
         how = (
-            f"costs less above {at['calls_per_day']:,.0f} calls a day, which need {at['cpu_machines']} {cpu['name']} "
-            f"or more; it answers up to {at['gpu_calls_per_day']:,.0f}."
+            f"costs less above {at['calls_per_day']:,.0f} calls/day, where {at['cpu_machines']} or more {cpu['name']} "
+            f"are needed; it answers up to {at['gpu_calls_per_day']:,.0f}."
         )
     return (
-        f"Price: {gpu['name']} at {gpu['usd_per_hour']} USD an hour ({gpu['provider']}, {gpu['date']}: "
-        f"{gpu['source']}). Break-even of its fastest variant (p50), {fastest}, with {on_cpu} on {cpu['name']} at "
-        f"{cpu['usd_per_hour']} USD an hour: one {gpu['name']} {how} Every machine is rented all day and busy "
-        f"{cost['gpu_break_even']['utilisation']:.0%} of it; calls count alike, right or wrong."
+        f"Price: {gpu['name']} at {gpu['usd_per_hour']} USD per hour ({gpu['provider']}, {gpu['date']}: "
+        f"{gpu['source']}). Break-even of its fastest variant (p50), {fastest}, vs {on_cpu} on {cpu['name']} at "
+        f"{cpu['usd_per_hour']} USD per hour: one {gpu['name']} {how} Every machine is rented all day and busy "
+        f"{cost['gpu_break_even']['utilisation']:.0%} of it; all calls count, exact or not."
     )
 
 

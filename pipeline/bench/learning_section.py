@@ -11,7 +11,7 @@ from pipeline import files
 from pipeline.bench.picture import QUIET, canvas, line
 
 VARIANT = "fused-fp32"
-TITLE = "How much training data, and how much chance"
+TITLE = "Training data and seeds"
 
 
 def read(reports: Path) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def read(reports: Path) -> dict[str, Any]:
 
 
 def markdown(found: dict[str, Any]) -> list[str]:
-    """Its paragraphs; none where nothing was measured."""
+    """The section's paragraphs; none if nothing was measured."""
     if not found:
         return []
     rows = [
@@ -30,7 +30,7 @@ def markdown(found: dict[str, Any]) -> list[str]:
             "steps": row["steps"],
             "training": f"{row['train_s'] / 60:.0f} min",
             "validation loss": f"{row['best_validation_loss']:.3f}",
-            "exact, validation by hand": _with_interval(row["validation_hand"]),
+            "exact, hand-written validation": _with_interval(row["validation_hand"]),
             "exact, test": _with_interval(row["test"]) if row["test"] else "",
         }
         for row in _by_size(found["rows"])
@@ -38,21 +38,21 @@ def markdown(found: dict[str, Any]) -> list[str]:
     commit = found["provenance"]["commit"]
     return [
         f"### {TITLE}",
-        "![Exact calls by training requests](learning-curve.png)",
-        f"Each is a training of its own ({VARIANT}; `python -m pipeline.learning_curve`, at commit "
-        f"{commit[:7] if commit else 'unknown'}, when {found['default']['requests']:,} requests were made by default). "
+        "![Exact calls by number of training requests](learning-curve.png)",
+        f"Each row is a separate training ({VARIANT}; `python -m pipeline.learning_curve`, at commit "
+        f"{commit[:7] if commit else 'unknown'}, when the default was {found['default']['requests']:,} requests). "
         f"{seeds(found)}",
         str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)),
     ]
 
 
 def seeds(found: dict[str, Any]) -> str:
-    """Mean and spread of the default number of requests over the seeds, on the test."""
+    """Mean and spread of test accuracy over the seeds, with the default number of requests."""
     exact = [100 * row["test"]["exact_call_fraction"] for row in of_default_size(found)]
     if len(exact) < 2:
         return "Other seeds were not trained."
     return (
-        f"Over {len(exact)} seeds {mean(exact):.1f}% of the test's calls are exact ({min(exact):.1f} to "
+        f"Exact calls on the test, mean of {len(exact)} seeds: {mean(exact):.1f}% ({min(exact):.1f} to "
         f"{max(exact):.1f}, standard deviation {stdev(exact):.1f} points)."
     )
 
@@ -62,11 +62,11 @@ def of_default_size(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Validation by hand against the training requests, with 95% intervals; every seed a mark."""
+    """Exact calls on hand-written validation by number of training requests, with 95% intervals; a mark per seed."""
     rows, default = _by_size(found["rows"]), found["default"]
     curve = [row for row in rows if row["seed"] == default["seed"]]
     others = [row for row in rows if row["seed"] != default["seed"]]
-    with canvas(path, "Exact calls by training requests") as figure:
+    with canvas(path, "Exact calls by number of training requests") as figure:
         axes = figure.subplots()
         n, exact = _numbers(curve), _percent(curve)
         low, high = ([100 * row["validation_hand"]["exact_call_ci95"][end] for row in curve] for end in (0, 1))
@@ -75,7 +75,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axes.plot(_numbers(others), _percent(others), "o", color=QUIET, label="other seeds")
         for at, height in zip(n, exact, strict=True):
             axes.annotate(f"{height:.1f}%", (at, height), textcoords="offset points", xytext=(5, -11))
-        axes.set(xlabel="training requests", ylabel="exact, validation by hand (%)", xlim=(0, None))
+        axes.set(xlabel="training requests", ylabel="exact calls, hand-written validation (%)", xlim=(0, None))
         if others:
             axes.legend(fontsize=7, loc="lower right")
 

@@ -1,7 +1,7 @@
-"""What a machine's arithmetic and memory allow at best: limits to draw beside what was measured.
+"""Limits that a machine's arithmetic and memory bandwidth set, to draw beside what was measured.
 
-They are lower bounds of time and memory, so they leave things out on purpose: norms, softmax, sampling, activations,
-and that no kernel reaches the rate of a large product. A model is its config.json, with the head tied to the embedding.
+They are lower bounds of time and memory: they leave out norms, softmax, sampling and activations, and assume that every
+kernel reaches the rate of a large product. A model is described by its config.json, its head tied to the embedding.
 """
 
 import time
@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-SIDE = 2048  # of the squares that are multiplied
-CACHE_BYTES = 4  # of a value in the KV cache: float32
+SIDE = 2048  # of the square matrices that are multiplied
+CACHE_BYTES = 4  # per value in the KV cache: float32
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured, with the threads that the models get."""
+    """Measured with as many threads as the models get."""
 
-    bandwidth_bytes_per_s: float  # reading
-    float32_operations_per_s: float  # in a product of float32: attention, and the weights of fused-fp32
-    int8_operations_per_s: float  # in one of 8-bit integers: the weights of int8, and of int4, which is unpacked to it
+    bandwidth_bytes_per_s: float  # when reading
+    float32_operations_per_s: float  # in float32 products: attention, and the weights of fused-fp32
+    int8_operations_per_s: float  # in int8 products: the weights of int8, and of int4, which are unpacked to int8
 
     def weights_operations_per_s(self, variant: str) -> float:
         return self.float32_operations_per_s if variant == "fused-fp32" else self.int8_operations_per_s
@@ -53,13 +53,13 @@ class Architecture:
 
     @property
     def body_weights(self) -> int:
-        """Of the products that every token goes through."""
+        """Weights of the products that every token goes through."""
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.inner)
 
     @property
     def head_weights(self) -> int:
-        """Of the product that only tokens whose successor is asked for go through."""
+        """Weights of the product that only tokens whose successor is predicted go through."""
         return self.hidden * self.vocabulary
 
     @property
@@ -71,26 +71,26 @@ class Architecture:
         return 2 * self.layers * self.kv_heads * self.head_dim * CACHE_BYTES
 
     def attention_operations(self, behind: int, new: int) -> int:
-        """Of `new` tokens that see `behind` before them and each other: scores and their sums, the causal half."""
+        """Of `new` tokens that attend to `behind` earlier ones and causally to each other: scores, weighted sums."""
         seen = new * behind + new * (new + 1) // 2
         return 4 * self.layers * self.heads * self.head_dim * seen
 
 
 def prefill_s(shape: Architecture, machine: Machine, variant: str, behind: int, new: int) -> float:
-    """A multiplication and an addition a weight and token; the head for the last token alone."""
+    """A multiplication and an addition per weight and token; the head for the last token only; and attention."""
     weights = 2 * (shape.body_weights * new + shape.head_weights) / machine.weights_operations_per_s(variant)
     return weights + shape.attention_operations(behind, new) / machine.float32_operations_per_s
 
 
 def decode_s(shape: Architecture, machine: Machine, model_bytes: int, behind: int, steps: int) -> float:
-    """Each step reads all weights, and the keys and values of what is behind it, once."""
+    """Each step reads once all weights, and the keys and values of all earlier tokens."""
     cached = steps * behind + steps * (steps + 1) // 2
     return (steps * model_bytes + cached * shape.cache_bytes_per_token) / machine.bandwidth_bytes_per_s
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of a call, in tokens."""
+    """Lengths of a call's parts, in tokens."""
 
     prefix: int  # in the KV cache already
     asked: int
@@ -98,7 +98,7 @@ class Lengths:
 
 
 def call_s(shape: Architecture, machine: Machine, variant: str, model_bytes: int, lengths: Lengths) -> float:
-    """Prefill, by arithmetic or by reading the weights once, whichever takes longer, and then a token a step."""
+    """Prefill (the longer of its arithmetic and reading the weights once), and then a token per step."""
     first = max(
         prefill_s(shape, machine, variant, lengths.prefix, lengths.asked), model_bytes / machine.bandwidth_bytes_per_s
     )
@@ -112,19 +112,19 @@ def memory_bytes(shape: Architecture, model_bytes: int, lengths: Lengths) -> int
 
 @dataclass(frozen=True)
 class Asked:
-    """Of the model by a call, counted, mean over calls."""
+    """What a call needs of the model, counted; mean over calls."""
 
     steps: float
-    tokens: float  # read, drafts included
-    kept: float  # of these, how many went through the head
+    tokens: float  # processed, drafts included
+    kept: float  # how many of these went through the head
 
 
 def calls_per_s(
     shape: Architecture, machine: Machine, variant: str, model_bytes: int, asked: Asked, together: int
 ) -> dict[str, float]:
-    """By bandwidth, where a step reads the weights once for `together` calls, and by arithmetic, which none shares.
+    """Limits by bandwidth (a step reads the weights once for `together` calls) and by arithmetic (each call its own).
 
-    Of the weights alone: attention and the KV cache are left out. The lower of the two is the limit.
+    The lower of the two holds. Only the weights count: attention and the KV cache are left out.
     """
     operations = 2 * (shape.body_weights * asked.tokens + shape.head_weights * asked.kept)
     return {
@@ -134,8 +134,8 @@ def calls_per_s(
 
 
 def product_operations_per_s(kind: str, threads: int) -> float:
-    """Multiplications and additions, best of ten products of two squares in ONNX Runtime. `kind`: float32 or int8."""
-    from onnx import helper, numpy_helper  # here: processes whose memory is measured do without
+    """Multiplications and additions; best of ten products of square matrices in ONNX Runtime. `kind`: float32, int8."""
+    from onnx import helper, numpy_helper  # here, so that processes whose memory is measured do not import it
 
     operator, one, other, out = {
         "float32": ("MatMul", np.float32, np.float32, np.float32),

@@ -1,4 +1,4 @@
-"""Load from concurrent clients: each sends its next request when its last is answered."""
+"""Load from concurrent clients, each of which sends its next request when its last is answered."""
 
 import asyncio
 import time
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 class Served:
     concurrency: int
     wall_s: float
-    call_s: list[float]  # of each call that was answered, waiting included
+    call_s: list[float]  # of each answered call, waiting included
     errors: int
 
 
 async def serve(answer: Callable[[int], Awaitable[None]], concurrency: int, calls: int) -> Served:
-    """Answer `calls` calls, numbered from 0, of `concurrency` clients.
+    """Answer `calls` calls, numbered from 0, from `concurrency` clients.
 
-    A call that raises ValueError, RuntimeError or MemoryError is counted as an error and its time left out.
+    A call that raises ValueError, RuntimeError or MemoryError counts as an error, and its time is left out.
     """
     numbers = iter(range(calls))
     call_s: list[float] = []

@@ -1,6 +1,6 @@
-"""What a process that makes calls takes in memory, and nothing else: python -m pipeline.bench.memory < asked.json
+"""Peak memory of a process that only makes calls: python -m pipeline.bench.memory < asked.json
 
-Of its own, so that neither the measuring program's libraries nor an earlier model are counted.
+A process of its own, so that neither the measuring program's libraries nor an earlier model count.
 """
 
 import json
@@ -19,7 +19,7 @@ from pipeline.toolcall.conversation import Request, parse_request
 def peak_of_calls_bytes(model: dict[str, Any], requests: Sequence[Request], max_new_tokens: int) -> int:
     """Peak resident memory of a process that loads `model` and answers `requests`, one after the other.
 
-    `model`: arguments of ToolCaller.load. Raises RuntimeError with what the process said where it failed.
+    `model`: arguments of ToolCaller.load. Raises RuntimeError with the process's stderr if it fails.
     """
     asked = {
         "model": {**model, "techniques": asdict(model["techniques"])},
@@ -27,7 +27,7 @@ def peak_of_calls_bytes(model: dict[str, Any], requests: Sequence[Request], max_
         "max_new_tokens": max_new_tokens,
     }
     command = [sys.executable, "-m", "pipeline.bench.memory"]
-    given = json.dumps(asked, default=str)  # paths
+    given = json.dumps(asked, default=str)  # str: paths
     done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}, {model['folder']}: {done.stderr[-2000:]}")

@@ -1,4 +1,4 @@
-"""A page in one file: markdown as HTML, its pictures inside. It needs no network and no script."""
+"""Markdown as one HTML file with its pictures embedded: it needs no network and no script."""
 
 import base64
 import html as escape
@@ -102,8 +102,8 @@ LONG = 20  # characters, from which a cell may break
 def html(title: str, text: str, folder: Path, more: dict[str, str], chosen: str | None) -> str:
     """`text` is markdown, its pictures in `folder`.
 
-    `more`: files that it links to and that are folded away at the page's end; other files are named without a link.
-    `chosen`: the variant whose rows stand out.
+    `more`: linked files, folded at the page's end; other files are named without a link. `chosen`: the variant whose
+    rows are highlighted.
     """
     body, headings = _render(text, chosen)
     for name, part in more.items():
@@ -119,7 +119,7 @@ def html(title: str, text: str, folder: Path, more: dict[str, str], chosen: str 
 
 
 def _render(text: str, chosen: str | None) -> tuple[str, dict[str, str]]:
-    """As HTML, and the second headings by their ids."""
+    """HTML, and the h2 headings by id."""
     markdown, headings = MarkdownIt("commonmark").enable("table"), {}
     tokens = markdown.parse(text)
     for token, inner in pairwise(tokens):
@@ -143,7 +143,7 @@ def _render(text: str, chosen: str | None) -> tuple[str, dict[str, str]]:
 
 
 def _align(tokens: list[Token]) -> None:
-    """Numbers to the right: a column whose cells are all numbers, its heading too."""
+    """Right-align columns whose cells are all numbers, with their headings."""
     columns: dict[int, list[tuple[Token, str]]] = {}
     at = 0
     for token, inner in pairwise([*tokens, Token("end", "", 0)]):

@@ -1,4 +1,4 @@
-"""Which of several trials nobody beats in everything, and which of those to take."""
+"""The Pareto front of several trials, and the recommended one."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ BETTER_LOWER = ("p50_s", "model_bytes")
 def ranked(trials: pd.DataFrame, max_loss_fraction: float) -> pd.DataFrame:
     """`trials` with `on_front` and `recommended`, the most exact first, the failed last.
 
-    On the front is a trial than which no other is better in exact calls, p50 or bytes without being worse in
-    another of them. Recommended is the fastest that has at most `max_loss_fraction` fewer exact calls than the best.
+    A trial is on the Pareto front unless another is at least as good in exact calls, p50 and bytes, and better in one.
+    Recommended is the fastest with at most `max_loss_fraction` fewer exact calls than the best.
     """
     table = trials.copy()
     good = table[table["error"].isna()]
@@ -37,24 +37,23 @@ def _beats(one: pd.Series, other: pd.Series) -> bool:
 
 
 def read(reports: Path) -> dict[str, tuple[pd.DataFrame, str]]:
-    """Trials and verdict of each sweep, by its name, where a trial succeeded."""
+    """Trials and verdict of each sweep in which a trial succeeded, by name."""
     found = sorted(reports.glob("sweeps/*/verdict.txt"))
     return {path.parent.name: (pd.read_csv(path.with_name("trials.csv")), path.read_text().strip()) for path in found}
 
 
 def verdict(table: pd.DataFrame, max_loss_fraction: float) -> str:
-    """Which trial to take, and by which rule. `table`: as `ranked` makes it, with a trial that succeeded."""
+    """The recommended trial and the rule. `table`: as `ranked` makes it, with a trial that succeeded."""
     taken = table[table["recommended"]].iloc[0]
     return (
         f"Recommended: {_label(taken, table)}, {taken['exact_call_fraction']:.1%} exact, p50 "
-        f"{1e3 * taken['p50_s']:.0f} ms, {taken['model_bytes'] / 1e6:.0f} MB. Rule: the fastest of those that have at "
-        f"most {100 * max_loss_fraction:g} points fewer exact calls than the most exact trial "
-        f"({table['exact_call_fraction'].max():.1%})."
+        f"{1e3 * taken['p50_s']:.0f} ms, {taken['model_bytes'] / 1e6:.0f} MB. Rule: the fastest trial at most "
+        f"{100 * max_loss_fraction:g} points below the most accurate one ({table['exact_call_fraction'].max():.1%})."
     )
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """For people, the most exact first, the failed last; numbered as in the picture."""
+    """For readers: most accurate first, failed last; numbered as in the picture."""
     rows = []
     for number, (_, row) in enumerate(table.iterrows(), start=1):
         made = pd.isna(row["error"])
@@ -66,14 +65,14 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
                 "p50 ms": f"{1e3 * row['p50_s']:.0f}" if made else "",
                 "MB": f"{row['model_bytes'] / 1e6:.0f}" if made else "",
                 "KL": f"{row['kl_divergence']:.4f}" if made else "",
-                "on the front": "yes" if row["on_front"] else "",
+                "Pareto front": "yes" if row["on_front"] else "",
             }
         )
     return pd.DataFrame(rows)
 
 
 def plot(table: pd.DataFrame, path: Path) -> None:
-    """Exact calls against p50; the area of a dot is the bytes of the model, its number that of the row in `shown`."""
+    """Exact calls by p50; a dot's area is the model's bytes, its number the row in `shown`."""
     good = table[table["error"].isna()]
     taken = good[good["recommended"]].iloc[0]
     title = f"{_label(taken, table)}: {taken['exact_call_fraction']:.1%} exact in {1e3 * taken['p50_s']:.0f} ms"
@@ -92,15 +91,15 @@ def plot(table: pd.DataFrame, path: Path) -> None:
                 beside.set_in_layout(False)
         axes.margins(0.12)
         axes.set(
-            xlabel="p50 of a call, ms\norange: on the front, area: bytes on disk, number: in the table",
+            xlabel="p50 of a call, ms\norange: Pareto front; area: bytes on disk; number: row of the table",
             ylabel="exact calls, %",
         )
 
 
 def _label(row: pd.Series, table: pd.DataFrame) -> str:
-    """The settings in which trials differ, without their sections: of each trial the same, as far as it was given them.
+    """The settings in which trials differ, without their sections; for each trial those it was given.
 
-    A setting that one trial was given and another was not counts as different: the other's is that of params.yaml.
+    A setting given to one trial and not to another counts as different: the other has the value of params.yaml.
     """
     trials = [_given(overrides) for overrides in table["overrides"]]
     keys = dict.fromkeys(key for trial in trials for key in trial)
@@ -110,6 +109,6 @@ def _label(row: pd.Series, table: pd.DataFrame) -> str:
 
 
 def _given(overrides: object) -> dict[str, str]:
-    """Value by key; what names the sweep tells no trials apart, and a CSV has nan for no overrides."""
+    """Value by key, without the sweep's own settings, which do not distinguish trials; a CSV has nan for none."""
     parts = (part.partition("=") for part in str(overrides).split() if "=" in part)
     return {key: value for key, _, value in parts if not key.startswith("sweep.")}

@@ -1,4 +1,4 @@
-"""How a picture looks: a colour and a mark for each variant, figures beside bars, names beside lines."""
+"""The look of the pictures: a colour and a mark per variant, figures beside bars, names beside lines."""
 
 import io
 import textwrap
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 INK, QUIET, PALE = "#222222", "#8a8a8a", "#d9d9d9"
-# Told apart by who is colour-blind, and in grey by how light they are and by their marks.
+# Distinct for colour-blind readers, and in grey by lightness and marks.
 COLOURS = {
     "torch-fp32": "#333333",
     "torch-fp16": "#8a6d9e",
@@ -41,21 +41,21 @@ def mark(name: str) -> str:
 
 
 def line(name: str, chosen: str) -> dict[str, Any]:
-    """A variant's line; that of the chosen one stands out."""
+    """A variant's line style; the chosen variant is highlighted."""
     wide = {"linewidth": 2.4, "markersize": 6, "zorder": 3} if name == chosen else {"linewidth": 1.2, "markersize": 4}
     return {"color": colour(name), "marker": mark(name), **wide}
 
 
 @contextmanager
 def canvas(path: Path, title: str, height: float = 3.1) -> Iterator[Figure]:
-    """A figure to draw on, written to `path` with its title afterwards."""
+    """A figure to draw on; on exit it gets its title and is written to `path`."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         yield figure
         figure.suptitle(textwrap.fill(title, 53, break_on_hyphens=False), x=0.015, ha="left", weight="bold")
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png")
-    # With a palette: a third of the bytes, to the eye the same.
+    # A palette takes a third of the bytes and looks the same.
     Image.open(drawn).convert("RGB").quantize(128).save(path, optimize=True)
 
 
@@ -67,9 +67,9 @@ def bars(
     colours: Iterable[str],
     room: float = 1.28,
 ) -> Any:
-    """Horizontal bars from 0, the first on top, each with its figure beside it, which spares the scale.
+    """Horizontal bars from 0, the first on top, each with its figure beside it instead of a scale.
 
-    `room`: the width of all in that of the longest bar.
+    `room`: the width of the axes relative to the longest bar.
     """
     drawn = axes.barh(range(len(names)), values, color=list(colours), height=0.72)
     axes.set_yticks(range(len(names)), names)
@@ -83,7 +83,7 @@ def bars(
 
 
 def name_ends(axes: Axes, ends: dict[str, tuple[float, str]], best: str) -> None:
-    """Beside the plot the names of its lines at the heights where they end, moved where they would touch."""
+    """Name the lines beside the plot, at the height of their ends, moved apart where they would touch."""
     low, high = axes.get_ylim()
     step, place = (high - low) / 13, axes.get_yaxis_transform()
     order = sorted(ends, key=lambda name: ends[name][0])

@@ -1,4 +1,4 @@
-"""The report's pictures: each says in its title what one sees, and returns its text alternative."""
+"""The report's pictures: the title of each states its finding; each function returns the text alternative."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +14,11 @@ from pipeline.bench.statistics import wilson_interval
 from pipeline.bench.tables import BASE, BASELINE, LADDER, REFERENCE, SCORED, hosted_is_reached
 
 Found = dict[str, Any]
-BESIDE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}  # of an annotation
+BESIDE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}  # an annotation's
 
 
 def all_plots(found: Found, reports: Path, folder: Path, chosen: str) -> dict[str, str]:
-    """Into `folder`; returns each one as markdown. `chosen`: the variant that the pictures are about."""
+    """Drawn into `folder`; returns each as markdown. `chosen`: the variant they highlight."""
     pictures: dict[str, Callable[[Found, str, Path], str]] = {
         "ladder": _ladder,
         "accuracy": _accuracy,
@@ -52,9 +52,9 @@ def markdown(name: str, words: str) -> str:
 def latency(bench: Found, chosen: str, path: Path) -> str:
     ranks = {"p50": 1.0, "p95": 0.55, "p99": 0.3}
     ms = {name: {rank: 1e3 * made["call_s"][rank] for rank in ranks} for name, made in bench.items()}
-    title = f"{chosen} answers in {_short(ms[chosen]['p50'])} ms"
+    title = f"p50 of a call: {chosen} {_short(ms[chosen]['p50'])} ms"
     if BASELINE in ms and chosen != BASELINE:
-        title += f", {BASELINE} in {_short(ms[BASELINE]['p50'])} ms"
+        title += f", {BASELINE} {_short(ms[BASELINE]['p50'])} ms"
     with canvas(path, title, 0.9 + 0.66 * len(ms)) as figure:
         axes = figure.subplots()
         bars(axes, list(ms), [times["p99"] for times in ms.values()], [""] * len(ms), ["none"] * len(ms))
@@ -65,7 +65,7 @@ def latency(bench: Found, chosen: str, path: Path) -> str:
             weight = "normal" if order else "bold"
             axes.bar_label(drawn, [f"{rank} {_short(v)} ms" for v in values], padding=3, fontsize=7.5, weight=weight)
     words = {name: ", ".join(map(_short, times.values())) for name, times in ms.items()}
-    return f"{title}. p50, p95 and p99 of a call in ms: {_listed(words)}."
+    return f"{title}. p50, p95 and p99 in ms: {_listed(words)}."
 
 
 def _ladder(found: Found, chosen: str, path: Path) -> str:
@@ -100,8 +100,8 @@ def _accuracy(found: Found, chosen: str, path: Path) -> str:
     scored = found["evaluate"]
     exact = {name: 100 * scored[name]["exact_call_fraction"] for name in SCORED}
     ends = {name: [100 * end for end in scored[name]["exact_call_ci95"]] for name in SCORED}
-    title = f"{exact[chosen]:.1f}% of {chosen}'s calls are exact, {exact[REFERENCE]:.1f}% in full precision, "
-    title += f"{exact[BASE]:.1f}% untuned"
+    title = f"Exact calls: {chosen} {exact[chosen]:.1f}%, full precision {exact[REFERENCE]:.1f}%, "
+    title += f"untuned {exact[BASE]:.1f}%"
     with canvas(path, title) as figure:
         axes = figure.subplots()
         bars(axes, SCORED, list(exact.values()), [""] * len(exact), map(colour, SCORED))
@@ -111,7 +111,7 @@ def _accuracy(found: Found, chosen: str, path: Path) -> str:
             axes.text(ends[name][1] + 2, at, f"{exact[name]:.1f}%", va="center")
         axes.set_xlim(0, 115)
     words = {name: f"{exact[name]:.1f}% ({low:.1f} to {high:.1f})" for name, (low, high) in ends.items()}
-    return f"{title}. Exact calls with 95% intervals: {_listed(words)}."
+    return f"{title}. With 95% intervals: {_listed(words)}."
 
 
 def _category(found: Found, chosen: str, path: Path) -> str:
@@ -121,7 +121,7 @@ def _category(found: Found, chosen: str, path: Path) -> str:
     order = sorted(mine, key=lambda name: mine[name])
     names = {name: "no call" if name == "none" else name for name in order}
     worst, most = order[0], order[-1]
-    title = f"By tool, {chosen} is exact on {mine[worst]:.0f}% ({names[worst]}) to {mine[most]:.0f}% ({names[most]})"
+    title = f"Exact calls of {chosen} by tool: {mine[worst]:.0f}% ({names[worst]}) to {mine[most]:.0f}% ({names[most]})"
     with canvas(path, title, 4.3) as figure:
         axes = figure.subplots()
         for at, variant in enumerate(LADDER):
@@ -136,7 +136,7 @@ def _category(found: Found, chosen: str, path: Path) -> str:
         beside: dict[str, Any] = {"ncols": len(LADDER), "handletextpad": 0.1, "columnspacing": 0.9}
         figure.legend(loc="outside lower center", fontsize=8, frameon=False, **beside)
     words = _listed({names[name]: f"{mine[name]:.0f}%" for name in reversed(order)})
-    return f"{title}. Exact calls of {chosen} by the right tool: {words}. The table has the other variants."
+    return f"{title}. By expected tool: {words}. The table has the other variants."
 
 
 def _risk_coverage(found: Found, chosen: str, path: Path) -> str:
@@ -144,18 +144,18 @@ def _risk_coverage(found: Found, chosen: str, path: Path) -> str:
     half = [wrong for kept, wrong in curves[chosen] if kept <= 0.5]
     title = f"{chosen} makes too few calls to judge its confidence"
     if half:
-        title = f"Of the half of its calls that {chosen} is surest of, {100 * half[-1]:.0f}% are wrong"
+        title = f"{100 * half[-1]:.0f}% of the most confident half of {chosen}'s calls are wrong"
     with canvas(path, title) as figure:
         axes = figure.subplots()
         drawn = {name: [(100 * kept, 100 * wrong) for kept, wrong in curve] for name, curve in curves.items() if curve}
         for name, curve in drawn.items():
             axes.plot(*zip(*curve, strict=True), **line(name, chosen) | {"marker": ""})
-        axes.set(xlabel="calls kept, %, most confident first", ylabel="wrong among them, %", xlim=(0, 100))
+        axes.set(xlabel="calls kept, %, most confident first", ylabel="wrong among those kept, %", xlim=(0, 100))
         axes.set_ylim(0, None)
         axes.grid(visible=True)
         name_ends(axes, {name: (curve[-1][1], name) for name, curve in drawn.items()}, chosen)
     words = _listed({name: f"{curve[-1][1]:.0f}%" for name, curve in drawn.items()})
-    return f"{title}. Wrong calls against calls kept; of all calls wrong: {words}."
+    return f"{title}. Wrong calls by calls kept; wrong among all calls: {words}."
 
 
 def _reliability(found: Found, chosen: str, path: Path) -> str:
@@ -169,7 +169,7 @@ def _reliability(found: Found, chosen: str, path: Path) -> str:
     with canvas(path, title) as figure:
         axes = figure.subplots()
         axes.plot([0, 100], [0, 100], color=QUIET, linewidth=0.8, linestyle="--")
-        axes.annotate("as right as it says", (62, 62), (3, -3), va="top", color=QUIET, **BESIDE)
+        axes.annotate("perfect calibration", (62, 62), (3, -3), va="top", color=QUIET, **BESIDE)
         for name in points:
             parts = every[name]["reliability"]
             at = ([100 * part[key] for part in parts] for key in ("mean_confidence", "right_fraction"))
@@ -177,13 +177,15 @@ def _reliability(found: Found, chosen: str, path: Path) -> str:
         for part in mine:
             ends = wilson_interval(round(part["n"] * part["right_fraction"]), part["n"])
             axes.plot([100 * part["mean_confidence"]] * 2, [100 * end for end in ends], color=INK, linewidth=1)
-        axes.set(xlabel=f"confidence in a call, % (upright: {chosen}'s 95% intervals)", ylabel="exact calls, %")
+        axes.set(xlabel=f"confidence, % (vertical lines: {chosen}'s 95% intervals)", ylabel="exact calls, %")
         axes.grid(visible=True)
         if points:
             small: dict[str, Any] = {"fontsize": 8, "title_fontsize": 8, "frameon": False, "alignment": "left"}
-            axes.legend(title="off by, in points", loc="lower right", **small)
+            axes.legend(title="calibration error, points", loc="lower right", **small)
     if mine:
-        title += f". Upright lines: {chosen}'s 95% intervals, each of {min(part['n'] for part in mine)} calls or more"
+        title += (
+            f". Vertical lines: {chosen}'s 95% intervals, each from at least {min(part['n'] for part in mine)} calls"
+        )
     return f"{title}. Expected calibration error in points: {_listed({n: f'{p:.1f}' for n, p in points.items()})}."
 
 
@@ -191,35 +193,35 @@ def _throughput(found: Found, chosen: str, path: Path) -> str:
     levels = {name: found["benchmark"][name]["by_concurrency"] for name in LADDER}
     speeds = {name: {level["concurrency"]: level["calls_per_s"] for level in of} for name, of in levels.items()}
     most = max(speeds[chosen])
-    title = f"With {most} clients {chosen} answers {_short(speeds[chosen][most])} calls a second"
+    title = f"Throughput with {most} clients: {chosen} {_short(speeds[chosen][most])} calls/s"
     if chosen != BASELINE:
         title += f", {BASELINE} {_short(speeds[BASELINE][most])}"
     with canvas(path, title) as figure:
         axes = figure.subplots()
         for name, by_clients in speeds.items():
             axes.plot(list(by_clients), list(by_clients.values()), **line(name, chosen))
-        axes.set(xlabel="clients at the same time", ylabel="calls answered a second", xticks=list(speeds[chosen]))
+        axes.set(xlabel="concurrent clients", ylabel="throughput, calls/s", xticks=list(speeds[chosen]))
         axes.set_ylim(0, None)
         axes.grid(visible=True)
         name_ends(axes, {name: (of[most], f"{name} {_short(of[most])}") for name, of in speeds.items()}, chosen)
     words = {name: ", ".join(f"{_short(v)} at {n}" for n, v in of.items()) for name, of in speeds.items()}
-    return f"{title}. Calls a second by number of clients: {_listed(words)}."
+    return f"{title}. Calls/s by number of clients: {_listed(words)}."
 
 
 def _size(found: Found, chosen: str, path: Path) -> str:
-    keys = {"on disk": "model_bytes", "in memory at most": "peak_rss_bytes"}
+    keys = {"on disk": "model_bytes", "peak memory": "peak_rss_bytes"}
     panels = {label: {n: found["benchmark"][n][key] / 1e6 for n in LADDER} for label, key in keys.items()}
     disk, memory = panels.values()
-    title = f"{chosen} takes {disk[chosen]:.0f} MB on disk and {memory[chosen]:.0f} MB of memory"
+    title = f"{chosen}: {disk[chosen]:.0f} MB on disk, {memory[chosen]:.0f} MB peak memory"
     if chosen != BASELINE:
-        title += f"; {BASELINE} {disk[BASELINE]:.0f} and {memory[BASELINE]:.0f}"
+        title += f"; {BASELINE}: {disk[BASELINE]:.0f} and {memory[BASELINE]:.0f}"
     with canvas(path, title, 4.1) as figure:
         for axes, (label, megabytes) in zip(figure.subplots(2), panels.items(), strict=True):
             values = list(megabytes.values())
             bars(axes, LADDER, values, [f"{value:.0f} MB" for value in values], map(colour, LADDER))
             axes.set_title(label, loc="left")
     words = _listed({name: f"{disk[name]:.0f} and {memory[name]:.0f}" for name in LADDER})
-    return f"{title}. MB on disk and in memory: {words}."
+    return f"{title}. MB on disk and peak memory: {words}."
 
 
 def _cost(found: Found, chosen: str, path: Path) -> str:
@@ -227,12 +229,12 @@ def _cost(found: Found, chosen: str, path: Path) -> str:
     usd = {name: found["cost"]["variants"][name]["usd_per_thousand_calls"] for name in LADDER}
     usd[hosted["model"]] = hosted["usd_per_thousand_calls"]
     texts = {name: f"{_usd(price)} USD" for name, price in usd.items()}
-    title = f"On a machine busy {found['cost']['utilisation']:.0%} of the time 1,000 calls cost {texts[chosen]} with "
-    title += f"{chosen}; {texts[hosted['model']]} with {hosted['model']}"
+    title = f"1,000 calls cost {texts[chosen]} with {chosen} on a machine {found['cost']['utilisation']:.0%} busy, "
+    title += f"{texts[hosted['model']]} with {hosted['model']}"
     with canvas(path, title) as figure:
         colours = [colour(name) if name in LADDER else PALE for name in usd]
         bars(figure.subplots(), list(usd), list(usd.values()), list(texts.values()), colours)
-    return f"{title}. For 1,000 calls: {_listed(texts)}."
+    return f"{title}. Per 1,000 calls: {_listed(texts)}."
 
 
 def _cascade(found: Found, chosen: str, path: Path) -> str:
@@ -244,19 +246,19 @@ def _cascade(found: Found, chosen: str, path: Path) -> str:
     )
     curve = list(zip(usd, best, strict=True))
     alone = hosted["usd_per_thousand_calls"], 100 * hosted["assumed_exact_fraction"]
-    title = f"Sent on to {hosted['model']}, doubtful calls of {chosen} are at best more often right"
+    title = f"Best case: more of {chosen}'s doubtful calls are exact when forwarded to {hosted['model']}"
     if step := hosted_is_reached(cost, chosen):
-        title = f"With {step['sent_fraction']:.0%} of the calls sent on, {100 * step['exact_call_fraction']:.0f}% are "
-        title += f"exact at best, if {hosted['model']} is right on {alone[1]:.0f}% of the hard calls too; "
-        title += f"{100 * step['exact_call_fraction_at_worst']:.0f}% at worst"
+        title = f"{step['sent_fraction']:.0%} of calls forwarded: {100 * step['exact_call_fraction']:.0f}% exact in "
+        title += f"the best case ({hosted['model']} right on {alone[1]:.0f}% of the hard calls too), "
+        title += f"{100 * step['exact_call_fraction_at_worst']:.0f}% in the worst"
     with canvas(path, title) as figure:
         axes = figure.subplots()
         axes.fill_between(usd, worst, best, color=colour(chosen), alpha=0.15, linewidth=0)
         axes.plot(usd, best, color=colour(chosen), marker=mark(chosen), linewidth=2)
         axes.plot(usd, worst, color=colour(chosen), linestyle="--", linewidth=1.2)
-        axes.annotate("at worst", (usd[-1], worst[-1]), (8, 0), va="center", **BESIDE)
+        axes.annotate("worst case", (usd[-1], worst[-1]), (8, 0), va="center", **BESIDE)
         for step, at in zip(steps, curve, strict=True):
-            text = f"{step['sent_fraction']:.0%} sent on" if step["sent_fraction"] else f"{chosen} alone"
+            text = f"{step['sent_fraction']:.0%} forwarded" if step["sent_fraction"] else f"{chosen} alone"
             last, rises = at == curve[-1], any(exact > at[1] for _, exact in curve)
             place, side = ((8, 0), "center") if last else ((6, -4), "top") if rises else ((-8, 7), "bottom")
             if not step["sent_fraction"]:
@@ -269,18 +271,19 @@ def _cascade(found: Found, chosen: str, path: Path) -> str:
         axes.set_xlim(0, None)
         axes.grid(visible=True)
     ends = zip(worst, best, usd, strict=True)
-    words = ", ".join(f"{low:.1f} to {high:.1f}% for {_usd(price)}" for low, high, price in ends)
-    return f"{title}. Exact calls for USD per 1,000 calls: {words}; assumed {alone[1]:.0f}% for {_usd(alone[0])}."
+    words = ", ".join(f"{low:.1f} to {high:.1f}% at {_usd(price)}" for low, high, price in ends)
+    words += f"; {hosted['model']} alone {alone[1]:.0f}% (assumed) at {_usd(alone[0])}"
+    return f"{title}. Exact calls, worst to best case, by USD per 1,000 calls: {words}."
 
 
 def _techniques(rows: list[Found], variant: str, path: Path) -> str:
     p50_s = {row["techniques"]: float(row["call_p50_s"]) for row in rows}
     times = {name: seconds / p50_s["all"] for name, seconds in p50_s.items()}
     most = max((name for name in times if name.startswith("without")), key=lambda name: times[name])
-    title = f"Without any technique a call of {variant} takes {times['none']:.1f} times as long, "
-    title += f"{most} {times[most]:.1f} times"
+    title = f"A call of {variant} takes {times['none']:.1f} times as long without any technique, "
+    title += f"{times[most]:.1f} times {most}"
     with canvas(path, title, 3.3) as figure:
-        names = [{"all": "all techniques", "none": "none of them"}.get(name, name) for name in p50_s]
+        names = [{"all": "all techniques", "none": "no technique"}.get(name, name) for name in p50_s]
         values = [1e3 * seconds for seconds in p50_s.values()]
         texts = [f"{_short(ms)} ms, {ratio:.2f}x" for ms, ratio in zip(values, times.values(), strict=True)]
         axes = figure.subplots()
@@ -289,11 +292,11 @@ def _techniques(rows: list[Found], variant: str, path: Path) -> str:
         for bar in drawn[1:]:
             bar.set_alpha(0.5)
     words = _listed({name: f"{ratio:.2f}" for name, ratio in times.items()})
-    return f"{title}. p50 of a call as a multiple of that with all techniques: {words}."
+    return f"{title}. p50 of a call relative to all techniques: {words}."
 
 
 def _loss(train: Found, curves: Path, path: Path) -> str:
-    title = f"Validation loss was lowest, {train['best_validation_loss']:.3f}, "
+    title = f"Lowest validation loss: {train['best_validation_loss']:.3f}, "
     title += f"at step {train['best_step']} of {train['steps']}"
     with canvas(path, title) as figure:
         axes: Axes = figure.subplots()
@@ -301,10 +304,12 @@ def _loss(train: Found, curves: Path, path: Path) -> str:
             curve = pd.read_csv(curves / name / "loss.tsv", sep="\t")
             steps, losses = curve["step"], curve.iloc[:, -1]
             axes.plot(steps, losses, color=ink, marker="." if name == "eval" else "", linewidth=1.4, label=label)
-        axes.set(xlabel="step", ylabel="loss, nats per token of a reply (log)", yscale="log")
+        axes.set(xlabel="step", ylabel="loss, nats per reply token (log)", yscale="log")
         axes.legend(loc="upper right")  # their ends lie too close together for names beside them
         axes.grid(visible=True)
-    return f"{title}. Training and validation loss by step; the tuned model has the weights of the lowest."
+    return (
+        f"{title}. Training and validation loss by step; the tuned model has the weights of the lowest validation loss."
+    )
 
 
 def _listed(texts: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""What calls cost on a rented machine, from a hosted model, from both together, and on a GPU beside CPUs."""
+"""Price of calls on a rented machine, from a hosted model, from both combined, and on a GPU instead of CPUs."""
 
 import math
 from collections.abc import Sequence
@@ -29,14 +29,14 @@ def cascade(
     usd_per_hour: float,
     hosted_exact_fraction: float,
 ) -> dict[str, float | None]:
-    """Share sent on, right answers and price, where calls with a confidence below `threshold` go to a hosted model.
+    """Share sent on, accuracy and price if calls with a confidence below `threshold` are sent on to a hosted model.
 
-    `rows` are scored replies (`called`, `confidence`, `outcome`); `usd_per_call` is of the local and the hosted model.
-    Every request is asked locally first. Replies in text stay: their confidence is that of all their words and says
-    little. Of all requests the hosted model is taken to be right on `hosted_exact_fraction`: at best
-    (`exact_call_fraction`) equally often on the hard ones that it is sent, at worst it is wrong on none but these.
-    From the break-even traffic on, one machine that runs all day (`usd_per_hour`) and the calls sent on cost less than
-    the hosted model for all calls; None where every call is sent.
+    `rows` are scored replies (`called`, `confidence`, `outcome`); `usd_per_call` is for the local and the hosted model.
+    Every request goes to the local model first. Replies in text are kept: their confidence is that of all their words
+    and says little. The hosted model is assumed to be right on `hosted_exact_fraction` of all requests: at best
+    (`exact_call_fraction`) equally often on the hard ones it is sent, at worst all its errors are among these. Above
+    the break-even traffic, one machine that runs all day (`usd_per_hour`) plus the calls sent on cost less than sending
+    all calls to the hosted model; None if every call is sent on.
     """
     kept = [row for row in rows if not row["called"] or row["confidence"] >= threshold]
     local, hosted = usd_per_call
@@ -55,13 +55,13 @@ def cascade(
 def break_even(
     cpu_usd_per_hour: float, cpu_calls_per_day: float, gpu_usd_per_hour: float, gpu_calls_per_day: float
 ) -> dict[str, float | None]:
-    """From how many calls a day on one GPU machine costs less than the CPU machines that the same calls need.
+    """Above how many calls per day one GPU machine costs less than the CPU machines needed for the same calls.
 
-    Calls a day are those that one machine answers, both at the same share of the day busy. CPU machines come whole:
-    `cpu_machines` is the fewest that cost more than the GPU machine, `calls_per_day` what one fewer answer. It is None
-    where the GPU machine answers no more than that.
+    `..._calls_per_day` is what one machine answers, both kinds busy for the same share of the day. CPU machines are
+    whole: `cpu_machines` is the smallest number that costs more than the GPU machine, `calls_per_day` what one fewer
+    answer, or None if the GPU machine answers no more than that.
     """
-    cheaper = int(Decimal(str(gpu_usd_per_hour)) // Decimal(str(cpu_usd_per_hour)))  # of floats, 0.3 // 0.1 is 2
+    cheaper = int(Decimal(str(gpu_usd_per_hour)) // Decimal(str(cpu_usd_per_hour)))  # in floats, 0.3 // 0.1 is 2
     calls = cheaper * cpu_calls_per_day
     return {
         "cpu_machines": cheaper + 1,

@@ -1,4 +1,4 @@
-"""What of a model bears fewer bits: the report's paragraphs on it, with a picture for each variant."""
+"""Which layers are sensitive to quantization: the report's paragraphs, with a picture for each variant."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,8 @@ from pipeline import files
 from pipeline.bench.picture import INK, canvas
 
 VARIANTS = ("int8", "int4")
-NAMED = 6  # in words, of the products that keep a finer form: the picture and reports/quantize have all
-KINDS = {  # of products, with a mark and a colour each
+NAMED = 6  # products of higher precision named in the text: the picture and reports/quantize have all
+KINDS = {  # of products, each with a mark and a colour
     "qkv_proj": ("o", "#00619e"),
     "o_proj": ("s", "#88ccee"),
     "gate_proj": ("^", "#eba40a"),
@@ -28,22 +28,22 @@ def read(reports: Path) -> dict[str, Found]:
 
 
 def markdown(found: dict[str, Found], pictures: dict[str, str]) -> list[str]:
-    """None where no variant's form hung on how products bear it."""
+    """None if no variant's precision was chosen by sensitivity."""
     drawn = [pictures[_name(variant)] for variant in found if _name(variant) in pictures]
     if not drawn:
         return []
     said = [f"- {variant}: {_words(of)}" for variant, of in found.items() if of["sensitivity"]]
     return [
-        "### Which products bear it",
+        "### Which layers are sensitive",
         " ".join(drawn),
-        "A mark for each matrix product of the model; a ring is around those that keep a finer form. How many do is "
-        "set in `params.yaml` (quantize), which ones is measured, on training requests:",
+        "One mark per matrix product; the ringed ones keep higher precision. `params.yaml` (quantize) sets their "
+        "number; they are chosen by sensitivity, measured on training requests:",
         "\n".join(said),
     ]
 
 
 def all_plots(found: dict[str, Found], folder: Path) -> dict[str, str]:
-    """Into `folder`; the words of each, by name."""
+    """Drawn into `folder`; returns the text alternative of each, by name."""
     return {
         _name(variant): _plot(variant, of, folder / f"{_name(variant)}.png")
         for variant, of in found.items()
@@ -54,7 +54,7 @@ def all_plots(found: dict[str, Found], folder: Path) -> dict[str, str]:
 def _plot(variant: str, found: Found, path: Path) -> str:
     products, finer = found["sensitivity"], [product for product in found["sensitivity"] if product["finer"]]
     most = products[0]
-    title = f"{variant}: {most['name']} bears it worst; {len(finer)} of {len(products)} products stay finer"
+    title = f"{variant}: {most['name']} is most sensitive; {len(finer)} of {len(products)} products keep more bits"
     scale = 1e6 if _is_nats(found) else 1
     with canvas(path, title) as figure:
         axes = figure.subplots()
@@ -65,7 +65,7 @@ def _plot(variant: str, found: Found, path: Path) -> str:
         rings = [(layer(p["name"]), scale * p["sensitivity"]) for p in finer]
         if rings:
             axes.plot(*zip(*rings, strict=True), "o", markersize=11, markerfacecolor="none", markeredgecolor=INK)
-        label = "KL, millionths of a nat" if _is_nats(found) else "unevenness of its inputs"
+        label = "KL, millionths of a nat" if _is_nats(found) else "outlier ratio of inputs"
         axes.set(xlabel="layer", ylabel=f"{label} (log)", yscale="log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
@@ -84,7 +84,7 @@ def layer(product: str) -> int:
 
 
 def _is_nats(found: Found) -> bool:
-    """What the weights' bits cost the replies; of dynamic activations it is the unevenness."""
+    """Whether sensitivity is a KL divergence; with dynamic activations it is the outlier ratio."""
     return not found["settings"]["dynamic"]
 
 
@@ -101,14 +101,14 @@ def _words(found: Found) -> str:
     middle = figure(products[len(products) // 2])
     if _is_nats(found):
         exact = sum(product["sensitivity"] == 0 for product in products)
-        unmarked = f" {exact} lose nothing, being on the grid of these bits already, and have no mark." if exact else ""
+        unmarked = f" {exact} without loss (weights already on this grid) have no mark." if exact else ""
         return (
-            f"What {found['settings']['bits']} bits in a product alone cost the replies, in millionths of a nat a "
-            f"token (KL divergence), for a million weights; median {middle}. In 8 bits: {listed}.{unmarked}"
+            f"KL divergence of the replies with {found['settings']['bits']} bits in one product alone, in millionths "
+            f"of a nat per token and million weights; median {middle}. Kept in 8 bits: {listed}.{unmarked}"
         )
     return (
-        "How far the largest channel of a product's inputs stands above the median one, which one scale for all must "
-        f"cover; median {middle}. With inputs in floats: {listed}."
+        "Outlier ratio of a product's inputs (largest over median channel; one scale covers all); median "
+        f"{middle}. Kept weight-only (float inputs): {listed}."
     )
 
 

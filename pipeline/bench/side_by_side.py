@@ -1,4 +1,4 @@
-"""Our variants beside other runtimes: a page and a picture of reports/peers.json."""
+"""Our variants compared with other runtimes: a page and a picture of reports/peers.json."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from pipeline.bench.statistics import wilson_interval
 SIDES = ("ours", "peers")
 FIGURES: dict[
     str, tuple[Callable[[dict[str, Any]], float | None], bool]
-] = {  # of a row: how it reads, and whether more is better
+] = {  # how to read it from a row, and whether more is better
     "p50 ms": (lambda found: 1e3 * found["call_s"]["p50"], False),
     "p95 ms": (lambda found: 1e3 * found["call_s"]["p95"], False),
     "prefill tokens/s": (lambda found: found["prefill_tokens_per_s"], True),
@@ -26,7 +26,7 @@ FIGURES: dict[
 
 
 def read(reports: Path) -> dict[str, Any] | None:
-    """What `make peers` wrote, if it ran."""
+    """The report of `make peers`, or None if it did not run."""
     path = reports / "peers.json"
     found: dict[str, Any] | None = files.read_json(path) if path.exists() else None
     return found
@@ -43,7 +43,7 @@ def table(report: dict[str, Any]) -> pd.DataFrame:
 
 
 def best(report: dict[str, Any]) -> list[str]:
-    """For each figure the best of both sides, so that a peer that is better at something is seen to be."""
+    """For each metric the best of both sides, so that a peer's advantage shows."""
     lines = []
     for key, (read, more) in FIGURES.items():
         firsts = []
@@ -60,7 +60,7 @@ def best(report: dict[str, Any]) -> list[str]:
 
 
 def as_right(report: dict[str, Any]) -> list[str]:
-    """For each of ours the fastest peer whose calls are at least as often exact."""
+    """For each of our variants the fastest peer with at least as many exact calls."""
     lines = []
     for name, found in report["ours"].items():
         exact, p50_ms = found["exact_call_fraction"], 1e3 * found["call_s"]["p50"]
@@ -72,18 +72,18 @@ def as_right(report: dict[str, Any]) -> list[str]:
         theirs = "none"
         if peers:
             fastest_ms, peer = min(peers)
-            theirs = f"{peer}, {_short(fastest_ms)} ms: {fastest_ms / p50_ms:.2f} times ours"
+            theirs = f"{peer}, {_short(fastest_ms)} ms: {fastest_ms / p50_ms:.2f} times our time"
         lines.append(f"- {name}, {exact:.1%} exact, {_short(p50_ms)} ms: {theirs}")
     return lines
 
 
 def requests(report: dict[str, Any]) -> str:
-    """How many, and how little so few tell of exact calls: half the widest of their intervals."""
+    """Their number, and the uncertainty of exact calls with so few: half the widest interval."""
     n = report["requests"]
     hits = [round(n * found["exact_call_fraction"]) for side in SIDES for found in report[side].values()]
     half = max((high - low) / 2 for low, high in (wilson_interval(hit, n) for hit in hits))
     return (
-        f"{n} test requests (one is {100 / n:.1f} points of exact calls, whose 95% intervals, Wilson's, reach up to "
+        f"{n} test requests (each is {100 / n:.1f} points of exact calls; 95% Wilson intervals are up to "
         f"{100 * half:.0f} points to either side)"
     )
 
@@ -93,20 +93,20 @@ def markdown(report: dict[str, Any]) -> str:
     agreed = [f"{name} {found['same_reply_fraction']:.0%}" for name, found in report["peers"].items()]
     return "\n\n".join(
         [
-            "# Beside other runtimes",
-            f"The tuned model in all of them, greedy, {requests(report)}, one run on {machine['cpu']}, "
-            f"{machine['cores']} cores. Peers get the prompt as tokens; our calls include tokenizing and parsing. "
-            "Of the runtimes without batches, calls/s at 20 clients are those of one. "
-            "Prefill and decode: 256 random tokens, then 64 more, a token a step.",
+            "# Comparison with other runtimes",
+            f"The same tuned model, greedy decoding (ours with a grammar: all techniques), {requests(report)}, one run "
+            f"on {machine['cpu']}, {machine['cores']} cores. Peers get the prompt as tokens; our calls include "
+            "tokenizing and parsing. For runtimes without batching, calls/s at 20 clients are those of one client. "
+            "Prefill and decode: 256 random tokens, then 64 more, one token per step.",
             table(report).to_markdown(index=False, disable_numparse=True),
             "![p50 of a call and exact calls](peers.png)",
-            "## The best of ours and the best of the peers",
+            "## Best of both sides by metric",
             "\n".join(best(report)) or "No peer was measured.",
-            "## The fastest peer that is at least as right",
+            "## Fastest peer that is at least as accurate",
             "\n".join(as_right(report)),
-            "## The same model?",
-            f"Replies with weights in full precision that are torch-fp32's, token by token, of "
-            f"{report['check_requests']}: {', '.join(agreed) or 'none measured'}.",
+            "## Check that the model is the same",
+            f"Share of {report['check_requests']} replies identical to torch-fp32's, token by token, with weights in "
+            f"full precision: {', '.join(agreed) or 'none measured'}.",
             "## Left out",
             "\n".join(f"- {name}: {why}" for name, why in report["left_out"].items()) or "None.",
             "## Versions and builds",
@@ -121,7 +121,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> str:
-    """p50 and exact calls of all, the fastest first; ours in their colours. Returns the text alternative."""
+    """p50 and exact calls of all, fastest first, ours in their colours. Returns the text alternative."""
     both = {**report["ours"], **report["peers"]}
     names = sorted(both, key=lambda name: float(both[name]["call_s"]["p50"]))
     ms = {name: 1e3 * both[name]["call_s"]["p50"] for name in names}
@@ -129,9 +129,9 @@ def plot(report: dict[str, Any], path: Path) -> str:
     firsts = [next((name for name in names if name in report[side]), None) for side in SIDES]
 
     ours, peer = firsts
-    title = f"{ours} answers in {_short(ms[ours])} ms" if ours else "Other runtimes"
+    title = f"p50 of a call: {ours} {_short(ms[ours])} ms" if ours else "Other runtimes"
     if peer:
-        title += f", the fastest other runtime, {peer}, in {_short(ms[peer])}"
+        title += f"; fastest other runtime ({peer}) {_short(ms[peer])} ms"
     with canvas(path, title, 0.7 + 0.25 * len(names)) as figure:
         axes = figure.subplots()
         colours = [COLOURS.get(name, PALE) if name in report["ours"] else PALE for name in names]
@@ -139,7 +139,7 @@ def plot(report: dict[str, Any], path: Path) -> str:
         for label in axes.get_yticklabels():
             label.set_fontweight("bold" if label.get_text() in report["ours"] else "normal")
     words = "; ".join(f"{name} {text}" for name, text in texts.items())
-    return f"{title}. p50 of a call and exact calls: {words}."
+    return f"{title}. p50 and exact calls: {words}."
 
 
 def _short(value: float | None) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """95% confidence interval of a rate. Wilson (1927), without continuity correction."""
-    from scipy.stats import binomtest  # 70 MB, which the benchmark would count as the model's
+    from scipy.stats import binomtest  # here: 70 MB, which the benchmark would count as the model's
 
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"no interval for {successes} of {n}")
@@ -17,7 +17,7 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 
 
 def mcnemar_p(one: Sequence[bool], other: Sequence[bool]) -> float:
-    """Two-sided exact McNemar test: how likely so unequal a share of disagreements is by chance."""
+    """Two-sided exact McNemar test: the probability that disagreements are at least this one-sided by chance."""
     from scipy.stats import binomtest
 
     pairs = list(zip(one, other, strict=True))
@@ -29,7 +29,7 @@ def mcnemar_p(one: Sequence[bool], other: Sequence[bool]) -> float:
 def percentiles(samples_s: Sequence[float]) -> dict[str, float]:
     """p50, p95, p99 (linear between order statistics) and mean.
 
-    Raises ValueError for no samples or one that is not finite.
+    Raises ValueError if there are no samples or one is not finite.
     """
     if not samples_s or not all(math.isfinite(sample) for sample in samples_s):
         raise ValueError(f"no percentiles of {len(samples_s)} samples, not all finite")
@@ -38,7 +38,7 @@ def percentiles(samples_s: Sequence[float]) -> dict[str, float]:
 
 
 def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> list[dict[str, float]]:
-    """Mean confidence and share of right ones in `bins` equal parts of [0, 1]; empty parts are left out."""
+    """Mean confidence and share of right replies in `bins` equal parts of [0, 1]; empty parts are left out."""
     parts: list[list[tuple[float, bool]]] = [[] for _ in range(bins)]
     for value, hit in zip(confidence, right, strict=True):
         parts[min(int(value * bins), bins - 1)].append((value, hit))
@@ -54,13 +54,13 @@ def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = 
 
 
 def expected_calibration_error(parts: Sequence[dict[str, float]]) -> float:
-    """Mean distance of confidence and share of right ones over `reliability`'s parts, weighted by their size."""
+    """Mean distance between confidence and share of right replies over `reliability`'s parts, weighted by size."""
     n = sum(part["n"] for part in parts)
     return sum(part["n"] * abs(part["mean_confidence"] - part["right_fraction"]) for part in parts) / n
 
 
 def risk_coverage(confidence: Sequence[float], right: Sequence[bool]) -> list[tuple[float, float]]:
-    """Share kept and share of wrong ones among them, keeping the most confident first; equal ones come together."""
+    """Share of replies kept, most confident first, and share of wrong ones among them; ties are kept together."""
     pairs = sorted(zip(confidence, right, strict=True), key=lambda pair: -pair[0])
     curve, wrong = [], 0
     for at, (value, hit) in enumerate(pairs, start=1):

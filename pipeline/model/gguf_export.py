@@ -1,4 +1,4 @@
-"""The tuned model as a GGUF file, for llama.cpp and Ollama."""
+"""The tuned model as a GGUF file, for llama.cpp."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ QUANTIZATIONS = (
     "Q8_0",
     "Q5_0",
     "Q4_0",
-)  # that the gguf package can write; K-quants need llama.cpp itself
+)  # the ones the gguf package can write; K-quants need llama.cpp itself
 _NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -32,10 +32,10 @@ _NAMES = {
 
 
 def export_gguf(tuned: Path, out: Path, quantization: str) -> None:
-    """Norms stay in float32; the embedding, which is the head too, is quantized like the rest.
+    """Norms stay in float32; the embedding, which is also the head, is quantized like the rest.
 
-    Raises ValueError for a model that is no Llama with plain rotary positions and a byte-level BPE as SmolLM's: others
-    need llama.cpp's own converter.
+    Raises ValueError unless the model is a Llama with unscaled rotary positions and SmolLM's kind of byte-level BPE:
+    others need llama.cpp's own converter.
     """
     config = files.read_json(tuned / "config.json")
     if config["model_type"] != "llama":
@@ -62,7 +62,7 @@ def export_gguf(tuned: Path, out: Path, quantization: str) -> None:
 
 
 def gguf_name(name: str) -> str:
-    """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`. Raises ValueError for a name that is no Llama's."""
+    """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`. Raises ValueError for any other name."""
     known = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     stem, _, part = name.rpartition(".")
     if stem in known:
@@ -74,7 +74,7 @@ def gguf_name(name: str) -> str:
 
 
 def _permuted(name: str, weight: NDArray[np.float32], config: dict[str, Any]) -> NDArray[np.float32]:
-    """Rotary pairs lie side by side in llama.cpp, half a head apart in transformers."""
+    """Reorder rows of query and key: llama.cpp has rotary pairs side by side, transformers half a head apart."""
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     count = heads.get(name.split(".")[-2]) if "." in name else None
     if count is None:
@@ -104,7 +104,7 @@ def _write_tokenizer(writer: gguf.GGUFWriter, tuned: Path, config: dict[str, Any
     model = tokenizer["model"]
     if model["type"] != "BPE":
         raise ValueError(f"{tuned}: a GGUF is written of byte-level BPE tokenizers only, not of {model['type']}")
-    if "<0x00>" in model["vocab"]:  # not by byte_fallback: the default base's is true, and finds no such tokens
+    if "<0x00>" in model["vocab"]:  # `byte_fallback` does not tell: the default base sets it without such tokens
         raise ValueError(f"{tuned}: a GGUF is written of byte-level BPE tokenizers only, not of one with byte_fallback")
     _require_smollm_pre_tokenizer(tuned, tokenizer)
     added = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
@@ -127,9 +127,9 @@ def _write_tokenizer(writer: gguf.GGUFWriter, tuned: Path, config: dict[str, Any
 
 
 def _require_smollm_pre_tokenizer(tuned: Path, tokenizer: dict[str, Any]) -> None:
-    """llama.cpp's `smollm` splits digits one by one, then as GPT-2. The default base's file has lost the first step.
+    """llama.cpp's `smollm` splits off single digits, then as GPT-2. The default base's file lacks the first step.
 
-    Its vocabulary has no two digits in a token, so this shows only where several spaces stand before a digit.
+    Its vocabulary has no token of two digits, so the difference shows only after several spaces before a digit.
     """
     found = tokenizer["pre_tokenizer"] or {}
     digits = {"type": "Digits", "individual_digits": True}

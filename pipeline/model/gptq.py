@@ -1,7 +1,7 @@
-"""Rounding of weights one input channel after the other, each error made up for in the channels to come.
+"""GPTQ (arXiv:2210.17323): rounds weights channel by channel, each error compensated in the channels still to come.
 
-GPTQ, arXiv:2210.17323, with a scale per block of input channels. The channels with the largest inputs come first, when
-most others are left to make up for them; so scales are those of the weights as they were.
+There is one scale per block of input channels. Channels with the largest inputs come first, when most others are left
+to compensate for them. As this order mixes blocks, scales are computed from the original weights.
 """
 
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-HEAD_BLOCK = 32  # the head is the embedding too, and its blocks cost most where they are coarser (docs/experiments.md)
-DAMPING = 0.01  # of the mean diagonal, as in the paper
-SHRINK = tuple(1 - step / 20 for step in range(9))  # scales to try: a cut outlier can cost less than a coarse rest
+HEAD_BLOCK = 32  # the head is also the embedding, and loses most with larger blocks (docs/experiments.md)
+DAMPING = 0.01  # fraction of the mean diagonal, as in the paper
+SHRINK = tuple(1 - step / 20 for step in range(9))  # scales to try: clipping an outlier can cost less than coarse steps
 
 
 @dataclass
 class Rounded:
     codes: NDArray[np.uint8]  # (inputs, outputs); zero is 2 ** (bits - 1)
     scales: NDArray[np.float32]  # (blocks, outputs)
-    error: float  # of the products' squared sum
+    error: float  # squared error of the product with the inputs, as a fraction of its squared sum
 
 
 def gptq(weight: NDArray[np.float32], gram: NDArray[np.float64], bits: int, block_size: int) -> Rounded:
-    """`weight` is (inputs, outputs); `gram` (inputs, inputs) is X transposed times X of what it is multiplied with.
+    """`weight` is (inputs, outputs); `gram`, (inputs, inputs), is X transposed times X of its inputs X.
 
-    Raises ValueError where block_size does not divide the inputs.
+    Raises ValueError if block_size does not divide the inputs.
     """
     inputs, outputs = weight.shape
     require_blocks(inputs, block_size)
@@ -50,16 +50,16 @@ def gptq(weight: NDArray[np.float32], gram: NDArray[np.float64], bits: int, bloc
 
 
 def nearest(weight: NDArray[np.float32], bits: int, block_size: int) -> NDArray[np.float32]:
-    """`weight` (inputs, outputs) on a grid that `gptq` finds again: with these bits and blocks it then loses nothing.
+    """`weight` (inputs, outputs) on a grid that `gptq`, given the same bits and blocks, finds again without loss.
 
-    Raises ValueError where block_size does not divide the inputs.
+    Raises ValueError if block_size does not divide the inputs.
     """
     require_blocks(len(weight), block_size)
     found = np.empty_like(weight)
     for start in range(0, len(weight), block_size):
         block = slice(start, start + block_size)
         scale = best_scale(weight[block], bits, np.ones(block_size)).astype(np.float16).astype(np.float32)
-        scale[scale == 0] = 1  # of weights that are zero, or nearly
+        scale[scale == 0] = 1  # if all weights are zero, or nearly
         found[block] = decode(encode(weight[block], scale, bits), scale, bits)
     return found
 
@@ -70,7 +70,7 @@ def require_blocks(inputs: int, block_size: int) -> None:
 
 
 def _products(weight: NDArray[np.float32], gram: NDArray[np.float64]) -> float:
-    """The squared sum of what `weight` gives."""
+    """The squared sum of the inputs' product with `weight`."""
     return float(np.sum((gram.astype(np.float32) @ weight) * weight, dtype=np.float64))
 
 
@@ -84,9 +84,9 @@ def encode(values: Any, scale: Any, bits: int) -> NDArray[np.uint8]:
 
 
 def best_scale(rows: NDArray[np.float32], bits: int, importance: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Per column, that of the least squared error, weighted by each row's `importance`.
+    """Per column, the scale with the least squared error, weighted by each row's `importance`.
 
-    The value furthest from zero takes the code at the longer end of the range.
+    The value furthest from zero gets the lowest code, as the range of codes is longer on that side.
     """
     zero = 2 ** (bits - 1)
     furthest = np.take_along_axis(rows, np.abs(rows).argmax(0)[None], 0)[0]
@@ -101,7 +101,7 @@ def best_scale(rows: NDArray[np.float32], bits: int, importance: NDArray[np.floa
 
 
 def _factor(gram: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Upper Cholesky factor of the inverse of `gram`, damped."""
+    """Upper Cholesky factor of the inverse of the damped `gram`."""
     diagonal = np.diag(gram).copy()
     damped = gram + np.diag(np.where(diagonal == 0, 1.0, 0.0) + DAMPING * diagonal.mean())
     return np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)

@@ -1,10 +1,10 @@
-"""Training with products of whole numbers: on a CPU with VNNI, four times as many a second as in float32.
+"""Training with int8 matrix products: on a CPU with VNNI, four times as many operations per second as in float32.
 
-Weights stay float32. A linear layer rounds its input and its weight to 8 bits once, with a scale for each
-token and for each output. The weight's gradient is computed from the rounded input: the scales that would stand
-inside its sum are moved into the gradient of the output before that is rounded (after torchao's int8 mixed-precision
-training). The input's gradient is not rounded: from layer to layer the errors would grow, and in equal steps the
-model learned much less (docs/experiments.md).
+Weights stay float32. A linear layer rounds its input and its weight to int8 once, with one scale per token and one per
+output. The weight's gradient is computed from the rounded input. Its sum runs over tokens, so their scales are
+multiplied into the output's gradient before that is rounded (after torchao's int8 mixed-precision training). The
+input's gradient is not rounded: errors would grow from layer to layer, and in the same number of steps the model
+learned much less (docs/experiments.md).
 """
 
 from typing import Any
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-Rounded = tuple[torch.Tensor, torch.Tensor]  # int8, and the scale to multiply it with
+Rounded = tuple[torch.Tensor, torch.Tensor]  # int8, and the scale to multiply it by
 
 
 class Int8Products(TorchFunctionMode):
-    """Within it, linear layers without a bias compute in int8. For one model: it keeps what is frozen."""
+    """While active, linear layers without a bias compute in int8. For one model: it caches rounded frozen weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,6 +59,6 @@ class _Linear(torch.autograd.Function):
 
 
 def rounded(x: torch.Tensor, dim: int) -> Rounded:
-    """x as int8, and its scale along `dim`."""
+    """`x` in int8, and its scales: one for all values along `dim`."""
     scale = torch.maximum(x.amax(dim, keepdim=True), -x.amin(dim, keepdim=True)).clamp_(min=1e-30).div_(127)
     return (x * (1 / scale)).round_().to(torch.int8), scale

@@ -1,4 +1,4 @@
-"""What enters each matrix product of a graph, over some prompts."""
+"""Statistics of the inputs of each matrix product of a graph, over some prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ Values = NDArray[np.float32]
 
 @dataclass
 class Activations:
-    largest: dict[str, Values]  # tensor name -> (channels,), of the absolute values
+    largest: dict[str, Values]  # tensor name -> (channels,), largest absolute values
     gram: dict[str, NDArray[np.float64]]  # tensor name -> (channels, channels), X transposed times X
 
 
 def activations(source: Path, rows: Sequence[tuple[list[int], int]], gram: bool) -> Activations:
-    """Of the inputs of all MatMuls of the graph at `source`.
+    """Statistics of the inputs of all MatMuls of the graph at `source`.
 
-    `rows`: tokens, and how many of them to leave out at the beginning: a prefix that all share counts once, and is
-    computed once more for all who leave it out.
+    `rows`: tokens, and how many of the first of them (0, or a shared prefix) not to count. Such a prefix is computed
+    once for all rows that have it.
     """
     model = onnx.load(source, load_external_data=False)
     names = sorted({node.input[0] for node in model.graph.node if node.op_type == "MatMul"})
@@ -49,6 +49,6 @@ def activations(source: Path, rows: Sequence[tuple[list[int], int]], gram: bool)
             largest = np.abs(seen).max(0)
             found.largest[name] = np.maximum(found.largest.get(name, largest), largest)
             if gram:
-                single = seen.astype(np.float32)  # a text's sum bears it, that of all texts is kept in double
+                single = seen.astype(np.float32)  # enough for one text; the sum over all is in float64
                 found.gram[name] = found.gram.get(name, 0.0) + (single.T @ single).astype(np.float64)
     return found

@@ -1,8 +1,7 @@
-"""INT8 with 8-bit activations, quantized as they come: three times faster on a prompt than 8-bit weights alone.
+"""INT8 with activations quantized dynamically to 8 bits: three times faster on a prompt than 8-bit weights alone.
 
-One scale for a whole tensor bears no outliers, so they are first moved into the weights (SmoothQuant,
-arXiv:2211.10438), which leaves the function as it is; the matrix products whose input is still too
-uneven keep float activations.
+A tensor's single scale is coarse if it has outliers, so these are first moved into the weights (SmoothQuant,
+arXiv:2211.10438), without changing the function; matrix products with inputs still too uneven keep float activations.
 """
 
 from collections.abc import Iterator
@@ -13,13 +12,13 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 Values = NDArray[np.float32]
-NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # operator -> input of its weight
+NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # operator -> index of its weight
 
 
 def smooth(model: onnx.ModelProto, largest: dict[str, Values], alpha: float) -> dict[str, Values]:
-    """Scale the weights on both sides of each smoothable tensor in place; `largest` after it.
+    """Scale the weights before and after each smoothable tensor, in place; returns `largest` as it is afterwards.
 
-    `largest`: per tensor and channel, of the absolute activations, before.
+    `largest`: the largest absolute activation per tensor and channel.
     """
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     after = dict(largest)
@@ -35,9 +34,10 @@ def smooth(model: onnx.ModelProto, largest: dict[str, Values], alpha: float) -> 
 
 
 def _smoothable(model: onnx.ModelProto) -> Iterator[tuple[str, tuple[str, int], list[str]]]:
-    """Tensor, weight before it (and the axis of its channels there), weights that it is multiplied with.
+    """Tensor, weight that produces it (with the axis of the tensor's channels), weights that it is multiplied by.
 
-    Norms before attention and MLP, and up_proj before down_proj; not the head, whose weight is the embedding too.
+    The producers are the norms before attention and MLP, and up_proj before down_proj. The head is left out: its
+    weight is also the embedding.
     """
     makers = {output: node for node in model.graph.node for output in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
@@ -58,12 +58,14 @@ def _smoothable(model: onnx.ModelProto) -> Iterator[tuple[str, tuple[str, int], 
 
 
 def unevenness(largest: Values) -> float:
-    """How far the largest channel stands above the median one: what one scale for all would cost."""
+    """Ratio of the largest channel to the median one: the higher, the more a common scale costs."""
     return float(largest.max() / max(float(np.median(largest)), 1e-9))
 
 
 def to_dynamic(model: onnx.ModelProto, names: set[str]) -> int:
-    """Make the MatMuls `names` DynamicQuantizeMatMul, with symmetric int8 weights per column; counts their weights.
+    """Replace the MatMuls `names` by DynamicQuantizeMatMul, with symmetric int8 weights, one scale per column.
+
+    Returns how many weights they have.
 
     Source: onnxruntime, docs/ContribOperators.md.
     """

@@ -1,4 +1,4 @@
-"""From a tuned model to ONNX graphs: optimum's portable one, onnxruntime-genai's fused one."""
+"""Export of the tuned model to ONNX: optimum's portable graph, onnxruntime-genai's fused one."""
 
 import contextlib
 import io
@@ -21,22 +21,22 @@ def export_portable(tuned: Path, out: Path) -> None:
     from optimum.exporters.onnx import main_export
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracer warnings about Python control flow, checked by parity
+        warnings.simplefilter("ignore")  # the tracer warns of Python control flow; `parity` checks the result
         main_export(str(tuned), out, task="text-generation-with-past", do_validation=False, trust_remote_code=False)
     copy_tokenizer(tuned, out)
     files.write_json(out / "toolcaller.json", {"runtime": "portable"})
 
 
 def export_fused(tuned: Path, out: Path, device: str = "cpu", cuda_graph: bool = False) -> None:
-    """GroupQueryAttention, rotary embedding and SkipSimplifiedLayerNormalization in single operators.
+    """A graph with GroupQueryAttention, rotary embedding and SkipSimplifiedLayerNormalization as single operators.
 
-    In float32 for the CPU. For CUDA in float16: GroupQueryAttention has no float32 kernel there. No GPU is needed to
-    make it, and the CPU can run it. `cuda_graph`: a note for the runtime (runtime/cuda.py).
+    It is in float32 for the CPU, in float16 for CUDA, where GroupQueryAttention has no float32 kernel. The export needs
+    no GPU, and the CPU can run the float16 graph. `cuda_graph`: a setting for the runtime (runtime/cuda.py).
     """
     from onnxruntime_genai.models.builder import create_model
 
     with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(io.StringIO()):
-        # The hub is out of it: the model is a folder, and code that lies in one is never run.
+        # Without the hub: the model is a folder, and code in it is never run.
         local = {"hf_remote": False, "hf_token": "false"}
         create_model("", str(tuned), str(out), PRECISIONS[device], device, cache, **local)
     (out / "genai_config.json").unlink()
@@ -57,7 +57,7 @@ def export_half(tuned: Path, out: Path) -> None:
 
 
 def _require_float16(path: Path) -> None:
-    """Raises RuntimeError where CUDA would have no kernel for the graph's attention."""
+    """Raises RuntimeError if CUDA has no kernel for the graph's attention."""
     graph = onnx.load(path, load_external_data=False).graph
     operators = {node.op_type for node in graph.node}
     kinds = {tensor.data_type for tensor in graph.initializer}
@@ -66,11 +66,10 @@ def _require_float16(path: Path) -> None:
 
 
 def _keep_last(path: Path, asked: str) -> None:
-    """Give the graph an input (1,): how many of the last positions to compute logits for, or minus that as `start`.
+    """Add an input (1,): for how many last positions to compute logits (`keep`), or that number negated (`start`).
 
-    The head is a fifth of the arithmetic, and of a prompt only the last position is asked for. On CUDA it is `start`:
-    Slice reads it on the CPU, so a Neg on the device would cost a copy at each step, and bar CUDA graphs
-    (onnxruntime#16491).
+    The head is a fifth of the arithmetic, and a prompt needs logits at its last position only. CUDA gets `start`: Slice
+    reads it on the CPU, so a Neg on the device would cost a copy per step and rule out CUDA graphs (onnxruntime#16491).
     """
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
@@ -89,7 +88,7 @@ def _keep_last(path: Path, asked: str) -> None:
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """And config.json, which the runtimes read the length of the context from."""
-    for pattern in (*TOKENIZER_FILES, "config.json"):
+    """Also config.json, from which the runtimes read the context length, and tools.json if there is one."""
+    for pattern in (*TOKENIZER_FILES, "config.json", "tools.json"):
         for path in source.glob(pattern):
             shutil.copy(path, out / path.name)

@@ -1,4 +1,4 @@
-"""Fewer operators a step: gate_proj and up_proj have one input, so one product can make both."""
+"""Fewer operators per step: gate_proj and up_proj have the same input, so one product can compute both."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-# The axis of the outputs in each input of these operators (onnxruntime, docs/ContribOperators.md), the first one apart.
+# The axis of the outputs in each input but the first of these operators (onnxruntime, docs/ContribOperators.md).
 OUTPUT_AXES = {"DynamicQuantizeMatMul": (1, 0), "MatMulNBits": (0, 0, 0)}
 
 
 def merge_gate_up(model: onnx.ModelProto) -> int:
-    """How many pairs were merged: those of one operator and form. What the graph computes stays as it is."""
+    """Merge the pairs with the same operator and form; returns their number. The graph computes the same as before."""
     graph = model.graph
     by_name = {node.name: node for node in graph.node}
     pairs = [

@@ -1,4 +1,4 @@
-"""Quantization of the fused graph: all MatMuls, and the embedding, stored once."""
+"""Quantization of the fused graph: all MatMuls, with the embedding and the head as one stored weight."""
 
 import math
 from collections import Counter
@@ -22,18 +22,19 @@ Rows = Sequence[tuple[list[int], int]]  # texts to calibrate on, as onnx_calibra
 EMBEDDING = "embedding.weight"
 
 
-AllRounded = Mapping[str, tuple[Rounded, int]]  # by the name of the node, with its bits
+AllRounded = Mapping[str, tuple[Rounded, int]]  # node name -> its rounded weight, and the bits
 NatsLost = Callable[[AllRounded], dict[str, float]]
 Tune = Callable[[AllRounded], dict[str, NDArray[np.float32]]]
 
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product whose form hung on how it bears the coarser one."""
+    """A matrix product that was compared with others to decide which of them keep the finer form."""
 
     name: str  # layers.3.mlp.down_proj
-    sensitivity: float  # gptq: nats a reply token that 4 bits cost, for a million weights; dynamic: inputs' unevenness
-    finer: bool  # it keeps 8 bits where others have 4, or inputs in floats where others have 8-bit ones
+    # gptq: nats per reply token that 4 bits cost, per million weights; dynamic: unevenness of its inputs
+    sensitivity: float
+    finer: bool  # gptq: it keeps 8 bits; dynamic: its inputs stay floats
 
 
 def quantize(
@@ -41,13 +42,13 @@ def quantize(
 ) -> tuple[Counter[str], list[Product]]:
     """Write the graph at `source` with its weights in `cfg.bits` to `out`.
 
-    Returns its weights by bits, and the products that were compared, the most sensitive first.
+    Returns the number of weights by bits, and the products that were compared, the most sensitive first.
 
-    `cfg` is a VariantConfig of the stage. `nats_lost` says what the rounding of each product costs, and is needed where
-    some are to keep 8 bits; `tune` gives better scales for what GPTQ rounded. Source of the operators: onnxruntime,
-    docs/ContribOperators.md, MatMulNBits, DynamicQuantizeMatMul and GatherBlockQuantized.
+    `cfg` is a VariantConfig of the stage. `nats_lost` gives the cost of rounding each product, and is needed if some
+    are to keep 8 bits; `tune` gives better scales for the weights that GPTQ rounded. Source of the operators:
+    onnxruntime, docs/ContribOperators.md, MatMulNBits, DynamicQuantizeMatMul and GatherBlockQuantized.
 
-    Raises RuntimeError where nothing was quantized, or where the embedding is not the head's weight.
+    Raises RuntimeError if nothing was quantized, or if the embedding is not the head's weight.
     """
     model = onnx.load(source)
     compared: list[Product] = []
@@ -88,7 +89,7 @@ def quantize(
 
 
 def _make_dynamic(model: onnx.ModelProto, seen: onnx_calibration.Activations, cfg: Any) -> list[Product]:
-    """All MatMuls but the head and those with the most uneven inputs."""
+    """Make all MatMuls dynamic except the head and the `cfg.float_inputs` with the most uneven inputs."""
     after = onnx_dynamic.smooth(model, seen.largest, cfg.smoothing)
     body = [node for node in model.graph.node if node.op_type == "MatMul" and node.output[0] != "logits"]
     compared = _most_sensitive_first(
@@ -115,7 +116,7 @@ def _round_by_gptq(
     nats_lost: NatsLost | None,
     tune: Tune | None,
 ) -> list[Product]:
-    """To 8 bits those `cfg.eight_bit_products` that lose most by 4; the head, which is the embedding too, never."""
+    """Round the `cfg.eight_bit_products` that lose most to 8 bits, the rest, always with the head, to `cfg.bits`."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = {node.name: node for node in model.graph.node if node.op_type == "MatMul"}
 
@@ -143,7 +144,7 @@ def _round_by_gptq(
 
 
 def _pack(node: onnx.NodeProto, rounded: Rounded, bits: int, kind: Any, accuracy_level: int) -> list[onnx.TensorProto]:
-    """Make `node` a MatMulNBits; its two new tensors. `kind`: of the scales, which is that of the activations."""
+    """Make `node` a MatMulNBits; returns its two new tensors. `kind`: the scales' dtype, equal to the activations'."""
     inputs, outputs = rounded.codes.shape
     blocks = len(rounded.scales)
     codes = rounded.codes.T.reshape(outputs, blocks, inputs // blocks)
@@ -181,7 +182,7 @@ def _algorithm(cfg: Any) -> Any:
 
 
 def _share_embedding(model: onnx.ModelProto) -> None:
-    """Gather the embedding from the head's quantized weight, instead of keeping it in float beside it."""
+    """Look the embedding up in the head's quantized weight, instead of storing it again in float."""
     graph = model.graph
     head = next((node for node in graph.node if node.output[0] == "logits"), None)
     embed = next((node for node in graph.node if node.op_type == "Gather" and "embed_tokens" in node.name), None)
@@ -222,9 +223,9 @@ def _share_embedding(model: onnx.ModelProto) -> None:
 
 
 def _add_embedding(path: Path) -> None:
-    """The head's weight in the file beside the graph, under a second name and as rows of bytes.
+    """Give the head's weight in the file beside the graph a second name and the shape (vocabulary, bytes).
 
-    ONNX Runtime reads of it what is looked up, where a Reshape in the graph would have a copy of the whole made.
+    ONNX Runtime then reads only the rows that are looked up; a Reshape in the graph would copy the whole weight.
     """
     model = onnx.load(path, load_external_data=False)
     head = next(node for node in model.graph.node if node.output[0] == "logits")
@@ -237,7 +238,7 @@ def _add_embedding(path: Path) -> None:
 
 
 def _halve_scales(graph: onnx.GraphProto) -> None:
-    """Store the blocks' scales in 16 bits, as GGUF does; ONNX Runtime makes them 32 when it loads the graph."""
+    """Store the blocks' scales in float16, as GGUF does; ONNX Runtime casts them to float32 when it loads the graph."""
     of_blocks = {node.input[2] for node in graph.node if node.op_type in ("MatMulNBits", "GatherBlockQuantized")}
     for scale in [t for t in graph.initializer if t.name in of_blocks and t.data_type == TensorProto.FLOAT]:
         name, stored = scale.name, f"{scale.name}_fp16"
@@ -258,7 +259,7 @@ def _reshape_initializer(tensor: onnx.TensorProto, shape: list[int]) -> None:
 
 
 def weights_by_bits(model: onnx.ModelProto) -> Counter[str]:
-    """How many weights the graph's matrix products keep in each form: 4, 8, "8 dynamic", or 32 or 16 where plain."""
+    """How many weights the graph has in each form: "4", "8", "8 dynamic", and "32" or "16" if not quantized."""
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
     half = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT16}
     counts: Counter[str] = Counter()

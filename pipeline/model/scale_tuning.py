@@ -1,7 +1,7 @@
-"""Scales of rounded weights, tuned on training requests so that the model says what it said before.
+"""Tuning of the scales of rounded weights on training requests, so that the model predicts what it did before.
 
-The codes stay; each block's scale learns a factor, by the divergence of what the rounded model foretells of the replies
-from what the model in full precision does (after EfficientQAT's second phase, arXiv:2407.11062).
+The codes stay fixed. Each block's scale learns a factor that lowers the KL divergence, on reply tokens, of the rounded
+model from the model in full precision (after EfficientQAT's second phase, arXiv:2407.11062).
 """
 
 import logging
@@ -25,13 +25,13 @@ from pipeline.toolcall.conversation import Request
 
 log = logging.getLogger(__name__)
 
-LEARNING_RATE = 2e-3  # of factors that begin at 1
-TOKENS = 1500  # of a step
-REQUESTS = 30  # more than a step has
+LEARNING_RATE = 2e-3  # for factors that begin at 1
+TOKENS = 1500  # per step
+REQUESTS = 30  # to read per step: more than fit in one
 
 
 class Factors(torch.nn.Module):
-    """A weight (outputs, inputs) from the factors of its blocks (outputs, blocks), which begin at 0 for 1."""
+    """A weight (outputs, inputs) as a function of its blocks' factors (outputs, blocks), stored minus 1."""
 
     def __init__(self, values: torch.Tensor, blocks: int) -> None:
         super().__init__()
@@ -45,9 +45,9 @@ class Factors(torch.nn.Module):
 def tune(
     model: Any, rounded: Mapping[str, tuple[Rounded, int]], requests: Sequence[Request], tokenizer: Any, steps: int
 ) -> dict[str, NDArray[np.float32]]:
-    """The scales (blocks, outputs) of `rounded` after `steps`, which go round where requests are few; the head's stay.
+    """Scales (blocks, outputs) of all in `rounded` but the head, after `steps` steps, which repeat requests if need be.
 
-    `rounded`: by the name of its node in the fused graph, with its bits. `model`: the tuned one, which is taken apart.
+    `rounded`: node name in the fused graph -> rounded weight and bits. `model`: the fine-tuned model; unusable after.
     """
     torch.manual_seed(0)
     model.set_attn_implementation(shared_prefix.ATTENTION)
@@ -97,20 +97,20 @@ def examples_of(requests: Sequence[Request], tokenizer: Any) -> list[shared_pref
 
 
 def foretelling(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """(reply tokens, hidden) where they are foretold."""
+    """Hidden states (reply tokens, hidden) from which the reply tokens are predicted."""
     return model.get_decoder()(
         input_ids=batch["tokens"], position_ids=batch["positions"], lengths=batch["lengths"], use_cache=False
     ).last_hidden_state[0, batch["predicting"]]
 
 
 def values_of(rounded: Rounded, bits: int) -> torch.Tensor:
-    """(outputs, inputs), as the rounded model has them."""
+    """The weight (outputs, inputs) of the rounded model."""
     block = len(rounded.codes) // len(rounded.scales)
     return torch.from_numpy(decode(rounded.codes, rounded.scales.repeat(block, 0), bits).T.copy())
 
 
 def modules_of(model: Any, node: str) -> list[Any]:
-    """The linear layers that are the fused graph's `node`, such as `/model/layers.7/attn/qkv_proj/MatMul`."""
+    """The linear layers that make up the fused graph's `node`, such as `/model/layers.7/attn/qkv_proj/MatMul`."""
     layer, part, name = node.removeprefix("/model/layers.").split("/")[:3]
     block = model.get_decoder().layers[int(layer)]
     names = ["q_proj", "k_proj", "v_proj"] if name == "qkv_proj" else [name]
@@ -123,7 +123,7 @@ def _round_embedding(model: Any, rounded: Rounded, bits: int) -> None:
 
 
 def _make_tunable(model: Any, node: str, rounded: Rounded, bits: int) -> list[torch.Tensor]:
-    """The factors of the linear layers that are the graph's `node`."""
+    """Replace the weights of the linear layers in the graph's `node` by Factors; returns their parameters."""
     modules = modules_of(model, node)
     parts = values_of(rounded, bits).to(torch.bfloat16).split([module.out_features for module in modules])
     factors = []

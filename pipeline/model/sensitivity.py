@@ -1,9 +1,9 @@
-"""What each matrix product's rounding takes from the model's replies, by one backward pass instead of a run for each.
+"""Estimate of how much rounding each matrix product changes the replies, without a run per product.
 
-To second order, a change of the weights costs as much divergence as half the square of the change it makes in the
-log-likelihood of replies that the model itself draws (Fisher's information); here token by token, as if what it does at
-one token were independent of the others. On the default model its order agrees with that of the divergences measured
-one by one (docs/experiments.md).
+To second order, the KL divergence that a change of the weights causes is half the expected square of the change in the
+log-likelihood of replies sampled from the model (Fisher information). Here the squares are taken token by token, as if
+tokens were independent. On the default model the products' order agrees with that of the divergences measured one by
+one (docs/experiments.md).
 """
 
 import random
@@ -17,16 +17,16 @@ from pipeline.model import scale_tuning, shared_prefix
 from pipeline.model.gptq import Rounded
 from pipeline.toolcall.conversation import Request
 
-TOKENS = 1500  # of a step
+TOKENS = 1500  # per step
 
 
 def nats_lost(
     model: Any, rounded: Mapping[str, tuple[Rounded, int]], requests: Sequence[Request], tokenizer: Any
 ) -> dict[str, float]:
-    """By product, the head apart: KL divergence, in nats a reply token, if only this one were rounded.
+    """KL divergence, in nats per reply token, if only this product were rounded; for each but the head.
 
-    `rounded`: by the name of its node in the fused graph, with its bits. `model`: the tuned one; it is left as it was,
-    but for its attention and without gradients.
+    `rounded`: node name in the fused graph -> rounded weight and bits. `model`: the fine-tuned model; its weights stay,
+    its attention is replaced and its gradients are switched off.
     """
     torch.manual_seed(0)
     model.set_attn_implementation(shared_prefix.ATTENTION)
@@ -61,7 +61,7 @@ def nats_lost(
 
 
 def _changes(model: Any, node: str, rounded: Rounded, bits: int) -> list[tuple[Any, torch.Tensor]]:
-    """The linear layers that are the graph's `node`, and what rounding adds to the weight of each."""
+    """The linear layers that make up the graph's `node`, and what rounding adds to the weight of each."""
     modules = scale_tuning.modules_of(model, node)
     parts = scale_tuning.values_of(rounded, bits).split([module.out_features for module in modules])
     return [(module, part - module.weight.detach()) for module, part in zip(modules, parts, strict=True)]

@@ -1,6 +1,6 @@
-"""Shapes of well-known models, to make models with random weights of: they say how fast, and nothing else.
+"""Shapes of well-known models, for models with random weights: these show speed and nothing else.
 
-Two things are not as published, and change no speed: the context is 4,096 tokens, and no rotary frequency is scaled.
+Two things differ from the published models, but not in speed: a context of 4,096 tokens, no scaled rotary frequencies.
 """
 
 from dataclasses import dataclass
@@ -101,8 +101,8 @@ SHAPES = {
 
 
 def random_model(shape: Shape, tokenizer: Path, out: Path) -> None:
-    """A folder as `train` writes it, in float32. `tokenizer`: a folder with any: exporters want one, nobody asks it."""
-    import torch  # here, so that who only reads SHAPES does without
+    """A folder as `train` writes it, in float32. `tokenizer`: a folder with any tokenizer: exporters need one."""
+    import torch  # here, so that reading SHAPES does not import it
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from pipeline.model.onnx_export import copy_tokenizer

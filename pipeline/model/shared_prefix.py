@@ -1,9 +1,8 @@
-"""Training on many short requests behind a long prefix, which is computed once.
+"""Training on many short requests after a long shared prefix, which is computed once.
 
-The tools' prefix is most of each example. A step is one row of tokens without padding: a prefix, the
-requests behind it with their replies, the next prefix, its requests, and so on. Each request attends
-to its own tokens and to its prefix. Gradients flow through the prefix, so the loss is that of the
-plain batch.
+The tools' prefix is most of each example. A step is one row of tokens without padding: a prefix, its requests with
+their replies, the next prefix, its requests, and so on. Each request attends to its own tokens and to its prefix.
+Gradients flow through the prefix, so loss and gradients equal those of a plain batch.
 """
 
 import random
@@ -17,26 +16,26 @@ from torch.func import functional_call
 from torch.nn import functional
 from transformers import AttentionInterface
 
-ATTENTION = "shared_prefix"  # give it to the model's set_attn_implementation
-CLUSTER = 12  # requests with one prefix that stay together: fewer prefixes in a step, and yet a mixture
+ATTENTION = "shared_prefix"  # name for the model's set_attn_implementation
+CLUSTER = 12  # requests of one prefix that stay together: few prefixes per step, but still a mixture
 
 
 @dataclass(frozen=True)
 class Reply:
     start: int
     end: int
-    weight: float = 1.0  # of its tokens in the loss, its first apart, which decides between call and text
+    weight: float = 1.0  # of its tokens in the loss; the first, which decides between call and text, always has 1
 
 
 @dataclass(frozen=True)
 class Example:
     tokens: list[int]
     prefix: int  # how many of the tokens are the tools' prefix
-    replies: list[Reply]  # where they stand in the tokens, in their order: what is learnt
+    replies: list[Reply]  # the parts of the tokens to learn, in order
 
 
 def steps(examples: Sequence[Example], tokens: int, rng: random.Random) -> list[list[int]]:
-    """Indices of `examples` in random steps of at most `tokens`, prefixes included, or of one long example."""
+    """Indices of `examples` in random steps of at most `tokens`, prefixes included; a longer one is its own step."""
     clusters = [
         members[at : at + CLUSTER]
         for members in _by_prefix(rng.sample(range(len(examples)), len(examples)), examples).values()
@@ -66,13 +65,13 @@ def _by_prefix(order: Sequence[int], examples: Sequence[Example]) -> dict[tuple[
 
 
 def pack(step: Sequence[Example], count: int = 1, index: int = 0) -> dict[str, Any]:
-    """What `loss` takes of a step, or of the share in it that one of `count` processes has.
+    """The input of `loss` for a step, or for process `index`'s share of it out of `count`.
 
-    tokens, positions (1, n); lengths: of each prefix and then of its requests; predicting, labels, weights (reply
-    tokens,): `predicting` is where in the row a label is predicted; reply_tokens: of the whole step, by process.
+    tokens, positions: (1, n). lengths: of each prefix, then of its requests. predicting, labels, weights: (reply
+    tokens,); `predicting` are the positions that predict the labels. reply_tokens: the whole step's, over `count`.
     """
     reply_tokens = sum(reply.end - reply.start for example in step for reply in example.replies) / count
-    # gradients are averaged over all processes, so one without a share takes part with weights of zero
+    # gradients are averaged over all processes, so one without a share takes part with zero weights
     share = step[index::count]
     scale = float(bool(share))
     step = share or step[:1]
@@ -88,7 +87,7 @@ def pack(step: Sequence[Example], count: int = 1, index: int = 0) -> dict[str, A
         lengths.append([len(prefix)])
         for example in (step[at] for at in members):
             own = example.tokens[example.prefix :]
-            before = len(tokens) - example.prefix  # what a position of the example lacks to be one of the row
+            before = len(tokens) - example.prefix  # add to a position in the example to get the one in the row
             lengths[-1].append(len(own))
             tokens += own
             positions += range(example.prefix, len(example.tokens))
@@ -108,7 +107,7 @@ def pack(step: Sequence[Example], count: int = 1, index: int = 0) -> dict[str, A
 
 
 def short_head(model: Any, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens in `examples`, (tokens,), and the head's rows for them, (tokens, hidden)."""
+    """The distinct tokens in `examples`, (tokens,), and the head's rows for them, (tokens, hidden)."""
     weight = model.get_output_embeddings().weight.detach()
     tokens = torch.tensor(sorted({token for example in examples for token in example.tokens}), device=weight.device)
     return tokens, weight[tokens]
@@ -120,21 +119,21 @@ def loss(
     head: tuple[torch.Tensor, torch.Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Negative log-likelihood of the reply tokens in nats, times their weights, by their number.
+    """Weighted negative log-likelihood of the reply tokens in nats, divided by their number.
 
-    `model` is a transformers causal LM whose attention is ATTENTION. Not by the sum of the weights: a step
-    that happens to hold many texts would give each of them more. With a `short_head` the likelihood is among its
-    tokens: the whole vocabulary takes an eighth of a step's time. The mean over several processes, each with its
-    share of a step, is the step's.
+    `model` is a transformers causal LM whose attention is ATTENTION. The sum is not divided by the weights' sum: each
+    text would then count more in a step with many texts. With a `short_head` the likelihood is over its tokens only:
+    the whole vocabulary takes an eighth of a step's time. The mean over several processes, each with its share of a
+    step, is the step's loss.
 
-    All is computed in `dtype`, norms and the likelihood apart; weights and their gradients stay as they are. They are
-    rounded once: by torch.autocast every product rounds them, and what is between the products is in float32.
+    Everything but norms and the likelihood is computed in `dtype`; weights and their gradients keep theirs. Weights are
+    cast once; torch.autocast would cast them in every product and use float32 between products.
     """
     decoder = model.get_decoder()
     given = {"input_ids": batch["tokens"], "position_ids": batch["positions"], "lengths": batch["lengths"]}
     weights = {name: weight.to(dtype) for name, weight in decoder.named_parameters()}
     hidden = functional_call(decoder, weights, (), given | {"use_cache": False}).last_hidden_state
-    # The head is a fifth of the arithmetic and most of the memory: it sees only what predicts a reply token.
+    # The head is a fifth of the arithmetic and most of the memory: it gets only positions that predict reply tokens.
     hidden, labels = hidden[0, batch["predicting"]], batch["labels"]
     vocabulary, rows = head or (None, model.get_output_embeddings().weight)
     if vocabulary is not None:
@@ -174,9 +173,9 @@ def attention(
     return torch.cat(found, 1).transpose(0, 1)[None], None
 
 
-@lru_cache(256)  # more than a step has; each layer asks for them again
+@lru_cache(256)  # more than a step needs; every layer uses the same ones
 def _mask(n: int, keys: int, repeat: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(repeat * n, keys): the last n of the keys are causal."""
+    """(repeat * n, keys): causal among the last n keys, all earlier ones visible."""
     mask = torch.full((n, keys), float("-inf"), dtype=dtype, device=device).triu(keys - n + 1)
     return mask.repeat(repeat, 1)
 

@@ -1,8 +1,8 @@
-"""What every peer's script shares: a file of work in, a file of replies with their times out.
+"""Shared by the peers' scripts: reads a file of work, writes a file of timed replies.
 
 python SCRIPT.py WORK.json REPLIES.json        (pipeline/peers.py writes the first and reads the second)
 
-Scripts of this folder run in environments of their own and need nothing of the project.
+Except for run_ours.py, the scripts import nothing of the project: some run in environments of their own.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 PREFILL_TOKENS, DECODE_TOKENS = 256, 64
 
-Asked = dict[str, Any]  # prompt: token ids; prefix: how many of them every request has; max_new_tokens; grammar
+Asked = dict[str, Any]  # prompt: token ids; prefix: how many of them all requests share; max_new_tokens; grammar
 
 
 @dataclass
@@ -29,14 +29,14 @@ class Reply:
 
 class Peer(Protocol):
     version: str
-    build: str  # flags and settings that a reader needs to repeat it
+    build: str  # flags and settings needed to reproduce it
     prefix_cache: bool
     grammar: bool
 
     def reply(self, asked: Asked) -> Reply: ...
 
     def many(self, asked: list[Asked], clients: int) -> float | None:
-        """Seconds to answer them all, `clients` at a time. None where it cannot: requests wait their turn then."""
+        """Seconds to answer them all, `clients` at a time; None if it can only answer one at a time."""
 
 
 def main(load: Callable[[dict[str, Any]], Peer]) -> None:
@@ -51,7 +51,7 @@ def measure(load: Callable[[dict[str, Any]], Peer], work: dict[str, Any]) -> dic
     requests: list[Asked] = work["requests"]
     for asked in work["warmup"]:
         peer.reply(asked)
-    # No request is asked twice: some keep the cache of whole prompts, which no user's next request would find.
+    # No request is repeated: some peers cache whole prompts, which would not help a user's next request.
     replies = [peer.reply(asked) for asked in requests]
     found: dict[str, Any] = {
         "version": peer.version,
@@ -72,7 +72,7 @@ def measure(load: Callable[[dict[str, Any]], Peer], work: dict[str, Any]) -> dic
 
 
 def speeds(peer: Peer, work: dict[str, Any]) -> dict[str, float]:
-    """Of five prompts of random tokens, which no cache and no grammar knows; a token a step."""
+    """Speeds on five prompts of random tokens: nothing cached, no grammar, one token per step."""
     rng = random.Random(0)
     replies = []
     for _ in range(5):
@@ -86,7 +86,7 @@ def speeds(peer: Peer, work: dict[str, Any]) -> dict[str, float]:
 
 
 def peak_rss_bytes() -> int | None:
-    """None but on Linux. getrusage would count what the parent process took before it started this one."""
+    """None except on Linux. getrusage would count the parent's memory from before it started this process."""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)

@@ -1,8 +1,8 @@
-"""onnxruntime-genai's own runtime on the graph of its own model builder.
+"""onnxruntime-genai's runtime with the graph of its own model builder.
 
     python run_genai.py build TUNED OUT PRECISION
 
-A grammar belongs to a generator, and a new generator has an empty cache: the prefix is worth more, so no grammar.
+A grammar is bound to a generator, and a new generator has an empty cache: the cached prefix saves more, so no grammar.
 """
 
 import sys
@@ -57,7 +57,7 @@ def build(tuned: str, out: str, precision: str) -> None:
     from onnxruntime_genai.models.builder import create_model
 
     with tempfile.TemporaryDirectory() as cache:
-        # The hub is out of it: the model is a folder, and code that lies in one is never run.
+        # No hub is asked: the model is a local folder, and code in it is never run.
         create_model("", tuned, out, precision, "cpu", cache, hf_remote=False, hf_token="false")  # noqa: S106
 
 

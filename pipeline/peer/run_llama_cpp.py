@@ -1,7 +1,7 @@
-"""llama.cpp through the C interface of llama-cpp-python: its own sampling of a grammar, prefix cache and batches.
+"""llama.cpp through the C interface of llama-cpp-python, with its own grammar sampler, prefix cache and batches.
 
-The greedy choice, and the grammar asked about that choice before about the whole vocabulary, are as in llama.cpp's
-own server.
+As in llama.cpp's own server, decoding is greedy, and the grammar checks the likeliest token first; only if it is not
+allowed, the whole vocabulary.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ class Sequence:
     """A request that is being answered."""
 
     asked: harness.Asked
-    at: int  # its number among all
+    at: int  # its index among all requests
     start: float
     feed: list[int]
     position: int
@@ -68,13 +68,13 @@ class LlamaCpp:
         return time.perf_counter() - start
 
     def _answer(self, asked: list[harness.Asked], clients: int) -> list[harness.Reply]:
-        """Requests join as soon as there is a place. Sequence 0 is the prefix, which the others begin with."""
+        """Requests join as soon as a place is free. Sequence 0 holds the prefix that all others begin with."""
         waiting = deque(enumerate(asked))
         running: dict[int, Sequence] = {}
         replies: dict[int, harness.Reply] = {}
         while waiting or running:
             for place in range(1, clients + 1):
-                if waiting and place not in running:
+                if waiting and place not in running and (not running or _prefix(waiting[0][1]) == self._prefix):
                     running[place] = self._join(place, *waiting.popleft())
             for place, row in self._step(running).items():
                 sequence = running[place]
@@ -88,7 +88,7 @@ class LlamaCpp:
 
     def _join(self, place: int, at: int, asked: harness.Asked) -> Sequence:
         start = time.perf_counter()
-        prefix = asked["prompt"][: asked["prefix"]]
+        prefix = _prefix(asked)
         if prefix != self._prefix:
             lib.llama_memory_clear(self._memory, False)
             self._decode([(token, position, 0) for position, token in enumerate(prefix)], [])
@@ -109,7 +109,7 @@ class LlamaCpp:
         return self._samplers[grammar]
 
     def _step(self, running: dict[int, Sequence]) -> dict[int, Any]:
-        """Logits (vocabulary,) of each."""
+        """Logits (vocabulary,) of each sequence, by place."""
         tokens, last = [], []
         for place, sequence in running.items():
             tokens += [(token, sequence.position + at, place) for at, token in enumerate(sequence.feed)]
@@ -134,7 +134,7 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp could not decode {len(tokens)} tokens")
 
     def _take(self, sequence: Sequence, logits: Any) -> bool:
-        """Does its reply end with the token that these logits make the likeliest?"""
+        """Append the likeliest allowed token. Does the reply end with it?"""
         token = int(logits.argmax())
         if sequence.sampler:
             if not self._allowed(sequence.sampler, [token], logits[[token]])[0] > -math.inf:
@@ -147,7 +147,7 @@ class LlamaCpp:
         return bool(token == self._eos or len(sequence.tokens) == sequence.asked["max_new_tokens"])
 
     def _allowed(self, sampler: Any, tokens: Any, logits: Any) -> Any:
-        """`logits`, those of the tokens that the grammar does not allow minus infinity."""
+        """`logits`, set to minus infinity for tokens that the grammar does not allow."""
         rows = np.zeros(len(logits), np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)]))
         rows["id"], rows["logit"] = tokens, logits
         data = rows.ctypes.data_as(lib.llama_token_data_p)
@@ -162,6 +162,10 @@ def quantize(source: str, out: str) -> None:
     settings.ftype = lib.LLAMA_FTYPE_MOSTLY_Q4_K_M
     if lib.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(settings)):
         raise RuntimeError(f"llama.cpp could not quantize {source}")
+
+
+def _prefix(asked: harness.Asked) -> list[int]:
+    return list(asked["prompt"][: asked["prefix"]])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI's pipeline with continuous batching, which keeps prefixes; it opens a GGUF file as it is."""
+"""OpenVINO GenAI's pipeline with continuous batching and a prefix cache; it reads a GGUF file directly."""
 
 import time
 from collections import deque
@@ -10,6 +10,8 @@ import harness
 import numpy as np
 import openvino
 import openvino_genai as genai
+
+STATUS = genai.GenerationStatus
 
 
 class OpenVino:
@@ -50,7 +52,10 @@ class OpenVino:
             while waiting and len(running) < clients:
                 running.append(self._add(*waiting.popleft()))
             self._pipeline.step()
-            running = [handle for handle in running if handle.get_status() == genai.GenerationStatus.RUNNING]
+            statuses = [handle.get_status() for handle in running]
+            if lost := [status for status in statuses if status not in (STATUS.RUNNING, STATUS.FINISHED)]:
+                raise RuntimeError(f"OpenVINO ended a request unanswered: {lost[0]}")
+            running = [handle for handle, status in zip(running, statuses, strict=True) if status == STATUS.RUNNING]
         return time.perf_counter() - start
 
     def _add(self, number: int, asked: harness.Asked) -> Any:

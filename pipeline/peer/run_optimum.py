@@ -1,4 +1,4 @@
-"""optimum's ORTModelForCausalLM on its own graph; generate() has no prefix cache there, so prompts are read whole."""
+"""optimum's ORTModelForCausalLM on its own graph; its generate() has no prefix cache, so it reads whole prompts."""
 
 import time
 from importlib.metadata import version
@@ -11,7 +11,7 @@ from optimum.onnxruntime import ORTModelForCausalLM
 
 
 class Clock:
-    """A streamer of generate(), which gives it the prompt, then each token."""
+    """A streamer for generate(), which passes it the prompt, then each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -1,6 +1,6 @@
 """Our own variants in the same harness, with all techniques or with none.
 
-A call is more than a peer's: the request is tokenized and the reply parsed within the time.
+A call includes more than a peer's: tokenizing the request and parsing the reply are timed too.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ class Ours:
         return harness.Reply([token.id for token in tokens], first_token_s, time.perf_counter() - start)
 
     def many(self, asked: list[harness.Asked], clients: int) -> float | None:
-        """Through the server's engine, without HTTP; None where the runtime answers one at a time."""
+        """Through the server's engine, without HTTP; None if the runtime answers one at a time."""
         if not self._work["together"]:
             return None
         context_tokens = self._caller.runtime.context_tokens
@@ -64,7 +64,7 @@ class Ours:
             messages, most = tuple(request["messages"]), request["max_new_tokens"]
             await engine.whole(Asked(messages, self._caller.tools, Choice.AUTO, most, stream=False))
 
-        asyncio.run(answer(0))  # the prefix, which the others have by now
+        asyncio.run(answer(0))  # computes the prefix, which the peers have cached by now
         served = asyncio.run(serve(answer, clients, len(asked)))
         engine.stop()
         if served.errors:

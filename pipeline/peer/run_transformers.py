@@ -49,7 +49,7 @@ class Transformers:
         """One at a time."""
 
     def _cut(self, length: int) -> None:
-        if not self._compiled:  # in a static cache positions are overwritten, and those to come are masked
+        if not self._compiled:  # in a static cache positions are overwritten, and later ones are masked
             self._cache.crop(length)
 
     def _step(self, model: Any, tokens: list[int], at: int) -> int:

@@ -1,4 +1,4 @@
-"""The API a user calls: a model folder, a request, a reply with its call, confidence and time.
+"""The Python API: from a model folder and a request to a reply with its call, confidence and time.
 
 caller = ToolCaller.load("models/int8")
 reply = caller.reply("Find TODO in src")
@@ -26,22 +26,22 @@ from pipeline.toolcall.reply import write_call
 from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool, ToolCall, find_tool, parse_tools
 
-SETTINGS = "toolcaller.json"  # in a model folder: the runtime it is for
+SETTINGS = "toolcaller.json"  # in a model folder: the runtime to load it with
 NO_DYNAMIC = "dynamic INT8 has no CUDA kernels (onnxruntime#7745, #10267)"
 
 
 @dataclass(frozen=True)
 class Reply:
-    text: str  # with a call as JSON
+    text: str  # a call in it is JSON
     written: str  # as the model wrote it (toolcall/compact.py)
     call: ToolCall | None
     confidence: float  # probability the model gave this whole reply, in (0, 1]
     first_token_s: float
     total_s: float
-    prompt_tokens: int  # the prefix, whose cache is kept, apart
+    prompt_tokens: int  # without the prefix, whose KV cache is kept
     new_tokens: int
     finished: bool  # False: cut off at max_new_tokens
-    changed: bool  # by the grammar, where the model alone would have broken the call's form, or for a likelier reply
+    changed: bool  # by the grammar, to keep the call's form, or because another reply was likelier
 
     @property
     def milliseconds(self) -> float:
@@ -53,7 +53,7 @@ class TooLongError(ValueError):
 
 
 class ToolCaller:
-    """Not for several threads at once: its KV cache is one request's."""
+    """Not thread-safe: the KV cache is that of one request."""
 
     def __init__(
         self, runtime: Runtime, tokenizer: Tokenizer, tools: tuple[Tool, ...], techniques: Techniques = ALL
@@ -72,11 +72,11 @@ class ToolCaller:
         techniques: Techniques = ALL,
         together: int = 1,
     ) -> "ToolCaller":
-        """`tools`: their file; without it, the one in `folder` or else data/tools.json. `together`: at most so many
-        requests are answered at a time, by an Engine.
+        """`tools`: a tools file; by default the one in `folder`, else data/tools.json. `together`: how many requests an
+        Engine answers at a time, at most.
 
-        Raises FileNotFoundError where `folder` holds no model that a stage of this project wrote, ValueError where
-        a released one was changed.
+        Raises FileNotFoundError if `folder` holds no model written by a stage of this project, ValueError if a
+        released model was changed.
         """
         folder = Path(folder)
         if not (folder / "config.json").exists():
@@ -87,7 +87,7 @@ class ToolCaller:
         tokenizer = Tokenizer(folder)
         found = parse_tools(files.read_json(Path(tools)), str(tools))
         if techniques.grammar:
-            _ = tokenizer.vocabulary  # before the model, which then takes the memory that making it leaves
+            _ = tokenizer.vocabulary  # before the model, which reuses the memory that this frees
         runtime = load_runtime(folder, device, threads, techniques.prefixes, together, techniques.conversation_tokens)
         return cls(runtime, tokenizer, found, techniques)
 
@@ -98,7 +98,7 @@ class ToolCaller:
         max_new_tokens: int = 160,
         choice: Choice = Choice.AUTO,
     ) -> Reply:
-        """Raises TooLongError naming both lengths where the request does not fit the model's context."""
+        """Raises TooLongError naming both lengths if the request does not fit the model's context."""
         start = time.perf_counter()
         prompted = self.prompt(messages, tools or self.tools, max_new_tokens, choice)
         tokens: list[Token] = []
@@ -123,7 +123,7 @@ class ToolCaller:
         )
 
     def generate_response(self, request: str) -> Reply:
-        """To one request: `.call.name`, `.call.arguments`, `.confidence`, `.milliseconds`."""
+        """The reply to one request: `.call.name`, `.call.arguments`, `.confidence`, `.milliseconds`."""
         return self.reply(request)
 
     def prompt(
@@ -137,11 +137,11 @@ class ToolCaller:
         return Prompt(prefix, asked, end, text, choice, max_new_tokens, Drafter(self.tokenizer, tools, text, end))
 
     def stream(self, prompted: Prompt, tools: tuple[Tool, ...], max_new_tokens: int) -> Iterator[Token]:
-        """Token by token, the end token last unless cut off."""
+        """The reply token by token; the end token comes last unless it is cut off."""
         return islice(generate(self.runtime, prompted, self._grammar(tools), self.techniques), max_new_tokens)
 
     def decoding(self, prompted: Prompt, tools: tuple[Tool, ...]) -> Decoding:
-        """For who runs the model's steps."""
+        """A decoding whose steps the caller runs."""
         return Decoding(prompted, self._grammar(tools), self.techniques)
 
     def encode(
@@ -171,23 +171,23 @@ class ToolCaller:
         return self._grammars.get(_key(tools), lambda: Grammar(self.tokenizer.vocabulary, tools))
 
     def decode(self, tokens: Sequence[Token], tools: tuple[Tool, ...]) -> tuple[str, float]:
-        """Text, a whole call in it as JSON, and confidence of a reply."""
+        """A reply's text, with a complete call as JSON, and its confidence."""
         text = self.written(tokens)
         call = compact.read(text, tools) if self._whole(tokens) else None
         return write_call(call) if call else text, math.exp(sum(token.log_probability for token in tokens))
 
     def call(self, tokens: Sequence[Token], tools: tuple[Tool, ...], choice: Choice) -> ToolCall | None:
-        """What a whole reply calls: a tool on offer, with arguments that fit its schema. All else is text."""
+        """The call of a complete reply if its tool is on offer and its arguments fit the schema; else it is text."""
         call = compact.read(self.written(tokens), tools) if choice != Choice.NONE else None
         tool = find_tool(tools, call.name) if call else None
         return call if self._whole(tokens) and call and tool and not tool.fault(call.arguments) else None
 
     def _whole(self, tokens: Sequence[Token]) -> bool:
-        """Not cut."""
+        """Whether the reply was not cut off."""
         return bool(tokens) and tokens[-1].id == self.tokenizer.eos_token_id
 
     def written(self, tokens: Sequence[Token]) -> str:
-        """What the model wrote, as it wrote it."""
+        """The reply as the model wrote it."""
         ids = [token.id for token in tokens if token.id != self.tokenizer.eos_token_id]
         return str(self.tokenizer.decode(ids))
 
@@ -204,10 +204,10 @@ def load_runtime(
     together: int = 1,
     conversation_tokens: int = 0,
 ) -> Runtime:
-    """`prefixes`: how many are kept. `together`: how many requests at a time. `conversation_tokens`: of earlier ones to
-    keep, where the runtime can.
+    """`prefixes`: how many to keep. `together`: how many requests to answer at a time. `conversation_tokens`: tokens of
+    earlier requests to keep, if the runtime can.
 
-    Raises FileNotFoundError where `folder` holds no model, ValueError where it cannot answer requests together or
+    Raises FileNotFoundError if `folder` holds no model, ValueError if the model cannot answer requests together or
     has no kernels on `device`.
     """
     settings = _settings(folder)
@@ -258,7 +258,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _require_cuda_kernels(folder: Path, settings: dict[str, Any]) -> None:
-    """Else ONNX Runtime runs those operators on the CPU, with copies, and says nothing."""
+    """Raises ValueError if one is missing: ONNX Runtime would silently run its operator on the CPU, with copies."""
     if settings.get("quantize", {}).get("dynamic"):
         raise ValueError(f"{folder}: {NO_DYNAMIC}; quantize.device=cuda makes it weight-only")
     if settings["runtime"] == "fused":

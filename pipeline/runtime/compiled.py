@@ -1,4 +1,4 @@
-"""PyTorch in float16 with a static KV cache and a compiled step of one token: the strong baseline on a GPU."""
+"""PyTorch in float16 with a static KV cache and compiled one-token steps: the strong baseline on a GPU."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +17,9 @@ Kept = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer
 
 
 class CompiledRuntime:
-    """Steps of several tokens are not compiled: each length would be compiled anew.
+    """Steps of several tokens are not compiled: each length would need a compilation of its own.
 
-    On the CPU the same weights compute in float32, and nothing is compiled: what the GPU is compared with.
+    On the CPU, the reference for the GPU, the same weights run in float32 and nothing is compiled.
     """
 
     def __init__(self, folder: Path, device: str, threads: int, prefixes: int) -> None:
@@ -43,7 +43,7 @@ class CompiledRuntime:
             self._prefix = ()  # stays empty if the next line fails
             kept = self._prefixes.get(wanted, lambda: self._begun(wanted))
             for layer, (keys, values) in zip(self._cache.layers, kept, strict=True):
-                layer.keys[:, :, : len(wanted)].copy_(keys)  # in place: what was compiled knows the address
+                layer.keys[:, :, : len(wanted)].copy_(keys)  # in place: the compiled step knows the address
                 layer.values[:, :, : len(wanted)].copy_(values)
             self._prefix = wanted
 
@@ -54,7 +54,7 @@ class CompiledRuntime:
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
-        """What the cache holds behind these tokens is masked by their positions."""
+        """Older entries of the cache behind these tokens are masked by `cache_position`."""
         model = self._one_token if len(tokens) == 1 else self._model
         output = model(
             input_ids=torch.tensor([list(tokens)], device=self._device),

@@ -1,4 +1,4 @@
-"""The KV cache of the last conversations: a request that goes on with one computes only what is new in it."""
+"""The KV cache of recent conversations: a request that continues one computes only its new tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 
 from pipeline.runtime.prefixes import Buffers
 
-# Unrelated requests begin alike, with a word or two. To copy that saves nothing, and with int8 the rounding of the step
-# in which it was computed would tell in the reply.
+# tokens. Unrelated requests share a first word or two: copying those saves nothing, and with int8 the reply would
+# depend on the rounding of the step that computed them.
 LEAST = 16
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """How many leading tokens `a` and `b` share."""
     return next((at for at, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
 
 
@@ -22,21 +22,21 @@ def shared(a: Sequence[int], b: Sequence[int]) -> int:
 class _Kept:
     prefix: tuple[int, ...]
     tokens: list[int]  # behind the prefix
-    asked: int  # of them, before the reply
+    asked: int  # how many of them come before the reply
     parts: list[NDArray[np.float32]]  # keys or values of a layer, (1, heads, tokens, size)
 
 
 class Conversations:
-    """Copies of at most `limit` tokens together; what was made or found the longest ago goes first."""
+    """Copies of at most `limit` tokens in all; the least recently kept or restored goes first."""
 
     def __init__(self, buffers: Buffers, limit: int) -> None:
         self._buffers, self._limit = buffers, limit
         self._kept: list[_Kept] = []
 
     def keep(self, prefix: tuple[int, ...], tokens: Sequence[int], places: Sequence[int], asked: int) -> None:
-        """`tokens` behind `prefix`, of which `asked` were not the model's, stand at `places` of the buffers.
+        """Copy what the buffers hold at `places`: `tokens` behind `prefix`, the first `asked` of them before the reply.
 
-        Takes the place of the request that it goes on with. Where memory is short nothing is kept.
+        Replaces the copy of the request that this one continues. If memory runs out, nothing is kept.
         """
         if not LEAST <= asked <= len(tokens) <= self._limit:
             return
@@ -53,11 +53,11 @@ class Conversations:
         self._kept.append(_Kept(prefix, list(tokens), asked, parts))
 
     def restore(self, prefix: tuple[int, ...], asked: Sequence[int], at: int) -> list[int]:
-        """Tokens that `asked` begins with, whose keys and values the buffers then hold from `at` on."""
+        """The first tokens of `asked` that are kept; their keys and values are copied to the buffers from `at` on."""
         found = max(
             (one for one in self._kept if one.prefix == prefix), key=lambda one: shared(one.tokens, asked), default=None
         )
-        n = shared(found.tokens, asked[:-1]) if found else 0  # the last is fed: its logits are asked for
+        n = shared(found.tokens, asked[:-1]) if found else 0  # the last is computed again: its logits are needed
         if found is None or n < LEAST:
             return []
         self._kept.append(self._kept.pop(self._kept.index(found)))

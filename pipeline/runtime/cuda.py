@@ -18,17 +18,17 @@ class _Buffers:
 
     binding: onnxruntime.IOBinding  # for steps of any length
     fixed: onnxruntime.IOBinding | None  # for steps of one token, where shapes and addresses never change
-    options: onnxruntime.RunOptions | None  # of these
+    options: onnxruntime.RunOptions | None  # for `fixed`
 
 
 class CudaRuntime:
-    """A float16 graph with GroupQueryAttention. Each kept prefix has its own buffers: other tools copy nothing.
+    """A float16 graph with GroupQueryAttention. Each kept prefix has its own buffers: a change of tools copies nothing.
 
     With `cuda_graph` in toolcaller.json a step of one token replays a CUDA graph, which needs fixed shapes and
-    addresses. GroupQueryAttention allows it: the mask is given at the buffer's whole length, and its sum says how much
-    of the past is used. Each set of buffers has a graph of its own, and there are never more sets than `prefixes`.
+    addresses. GroupQueryAttention allows it: the mask has the length of the whole buffer, and its sum says how much of
+    the past is used. Each set of buffers has its own graph, and there are never more sets than `prefixes`.
 
-    On the CPU the same code runs the same graph, to compare with.
+    On the CPU the same code runs the same graph, for comparison.
     """
 
     def __init__(self, folder: Path, device: str, threads: int, prefixes: int) -> None:
@@ -38,7 +38,7 @@ class CudaRuntime:
         self._device, self._prefixes = device, prefixes
         self._buffer_tokens, self.context_tokens = lengths(folder)
         self._ones = self._on_device(np.ones((1, self._buffer_tokens), np.int64))
-        self._kept: dict[tuple[int, ...], _Buffers] = {}  # the last asked for at the end
+        self._kept: dict[tuple[int, ...], _Buffers] = {}  # the most recently used last
         self._made = 0
         self._options = _graph(-1) if fixed else None
         if fixed:
@@ -63,7 +63,7 @@ class CudaRuntime:
         return self._extend(tokens, at + len(tokens), keep)
 
     def _extend(self, new: Sequence[int], length: int, keep: int) -> NDArray[np.float32]:
-        """Logits (keep, vocabulary) after the last of `new`, which end at position `length`."""
+        """Logits (keep, vocabulary) of the last `keep` of `new`, which end at position `length`."""
         binding = self._now.binding
         binding.bind_cpu_input("input_ids", np.array([new], np.int64))
         binding.bind_input("attention_mask", self._device, 0, np.int64, (1, length), self._ones.data_ptr())
@@ -80,7 +80,7 @@ class CudaRuntime:
         return logits
 
     def _free(self) -> _Buffers:
-        """Those that were not asked for the longest, or new ones."""
+        """New buffers, or the least recently used if there are as many as allowed."""
         if len(self._kept) >= max(1, self._prefixes):
             return self._kept.pop(next(iter(self._kept)))
         self._made += 1
@@ -109,7 +109,7 @@ class CudaRuntime:
 
 
 def _graph(number: int) -> onnxruntime.RunOptions:
-    """-1: none is captured. Source: onnxruntime.ai, CUDA Execution Provider, "Using CUDA Graphs"."""
+    """-1: no graph is captured. Source: onnxruntime.ai, CUDA Execution Provider, "Using CUDA Graphs"."""
     options = onnxruntime.RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(number))
     return options

@@ -1,8 +1,8 @@
-"""Requests decoded together on a GPU: each has a row of the KV cache.
+"""Requests decoded together on a GPU, each in a row of the KV cache.
 
-There GroupQueryAttention takes no bias, so requests cannot share one sequence as in packed.py, and rows of a batch take
-one new token each. But a GPU takes about as long for a token of each row as for one token: steps of a few tokens go
-token by token, all rows at once, and those that are longer run alone.
+On CUDA, GroupQueryAttention takes no bias, so requests cannot share one sequence as in packed.py, and each row of a
+batch takes one new token. But a GPU takes about as long for one token per row as for a single token: short steps run
+token by token, all rows at once, and longer ones run alone.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ class CudaRowsRuntime:
         return prefix + max(own) <= self.context_tokens
 
     def begin(self, prefix: Sequence[int]) -> None:
-        """Without rows, and with `prefix` for those to come."""
+        """End all requests; those that join from now on have `prefix`."""
         self._rows = {}
         self._prefix = tuple(prefix)
 
@@ -66,7 +66,7 @@ class CudaRowsRuntime:
         self._lengths[at] = len(self._prefixes[at])
 
     def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
-        """One request alone."""
+        """For one request alone."""
         row = next(iter(self._rows), None) or self.join()
         return self._alone(self._rows[row], tokens, at, keep)
 
@@ -88,9 +88,9 @@ class CudaRowsRuntime:
         return [np.concatenate(found[self._rows[row]])[-step.keep :] for row, step in steps]
 
     def _one_each(self, new: dict[int, tuple[int, int]]) -> NDArray[np.float32]:
-        """Logits (rows, 1, vocabulary) of the first rows, after one token of each in `new`, with its position.
+        """Logits (rows, 1, vocabulary) of the first rows; `new`: row -> its token and the token's position.
 
-        The others read a token too: it stands where their next one will.
+        Rows not in `new` read a token too, at a place that their next token overwrites.
         """
         rows = max(new) + 1
         tokens, mask = np.zeros((rows, 1), np.int64), np.zeros((rows, self._buffer_tokens), np.int64)
@@ -103,7 +103,7 @@ class CudaRowsRuntime:
         return logits
 
     def _alone(self, row: int, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
-        """Logits (keep, vocabulary) after the last of `tokens`, which begin at position `at` of `row`."""
+        """Logits (keep, vocabulary) of the last `keep` of `tokens`, which begin at position `at` of `row`."""
         length = at + len(tokens)
         mask = np.ones((1, length), np.int64)
         logits = self._run(self._binding(row, 1), np.array([tokens], np.int64), mask, keep)
@@ -111,7 +111,7 @@ class CudaRowsRuntime:
         return logits[0]
 
     def _binding(self, first: int, rows: int) -> onnxruntime.IOBinding:
-        """To the KV cache of `rows` rows from `first` on."""
+        """Bound to the KV cache of `rows` rows from `first` on."""
         if (first, rows) not in self._bindings:
             binding = self._bindings[first, rows] = self._session.io_binding()
             for name, value in self._past.items():
@@ -134,5 +134,5 @@ class CudaRowsRuntime:
 
 
 def _turns(lengths: Sequence[int]) -> int:
-    """Steps of at most so many tokens go together, a token a turn: the model then runs least often."""
+    """Tokens up to which steps run together, one token per run, so that the model runs least often."""
     return min(range(max(lengths) + 1), key=lambda turns: turns + sum(length > turns for length in lengths))

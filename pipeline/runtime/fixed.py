@@ -1,4 +1,4 @@
-"""Calls of fixed lengths, to see what a length costs: no grammar, no drafts, a token a step."""
+"""Calls of fixed lengths, to measure what length costs: no grammar, no drafts, one token per step."""
 
 import resource
 import time
@@ -19,7 +19,7 @@ def call(runtime: Runtime, prefix: list[int], asked: list[int], new_tokens: int)
 
 
 def peak_rss_bytes() -> int:
-    """Of this process alone: ru_maxrss of a started process begins, on Linux, at what its parent held then."""
+    """Of this process alone: on Linux, ru_maxrss of a new process starts at the memory of its parent."""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     peak = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)

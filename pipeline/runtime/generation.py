@@ -1,12 +1,13 @@
-"""The decode loop, over every way to run the model: tokens in, tokens out.
+"""The decode loop, on top of any runtime: tokens in, tokens out.
 
-A tool call is short and mostly known beforehand. Three techniques use that; they change when tokens
-come, not which (the grammar apart, where the model would break a call's form):
-- the grammar holds a call to the tools' schemas;
-- tokens it forces are appended to the next step instead of being asked for one by one;
-- drafts are checked in one step: what the request's look says a call copies, what follows there, and a call's opening.
+A tool call is short and mostly predictable. Three techniques use that; they change when tokens come, but not which
+ones (except that the grammar replaces tokens that would break a call's form):
+- the grammar constrains a call to the tools' schemas;
+- tokens it forces are appended to the next step instead of being computed one by one;
+- drafts are checked in one step: likely copies (toolcall/draft.py), what follows the same text in the request, and a
+  call's opening.
 
-A fourth makes calls right more often: of several calls the likeliest is made, not that of the likeliest next tokens.
+A fourth makes calls right more often: of several candidate calls the likeliest is chosen, not always the greedy one.
 """
 
 import math
@@ -22,27 +23,27 @@ from pipeline.toolcall.draft import Drafter
 from pipeline.toolcall.grammar import Grammar, Guide
 
 Ids = NDArray[np.int64]
-LONGEST_DRAFT = 32  # tokens: so much room KV buffers have beyond the context
+LONGEST_DRAFT = 32  # tokens: KV buffers are this much longer than the context
 
 
 @dataclass(frozen=True)
 class Token:
     id: int
-    log_probability: float  # natural logarithm, under the model as it is (temperature 1); 0 where forced
-    changed: bool = False  # the grammar ruled out what the model would have chosen, or a likelier reply did
+    log_probability: float  # natural logarithm, from the unconstrained model at temperature 1; 0 if forced
+    changed: bool = False  # not the greedy choice: the grammar ruled that out, or another reply was likelier
 
 
 @dataclass
 class Techniques:
     """Section `techniques` of params.yaml; not frozen because OmegaConf fills it."""
 
-    prefixes: int  # tool lists whose KV cache is kept; 0: it is computed for each request
-    conversation_tokens: int  # of the last requests, whose KV cache is kept for those that go on with them
+    prefixes: int  # how many tool lists' KV caches are kept; 0: computed for each request
+    conversation_tokens: int  # of recent requests; their KV cache is kept for requests that continue them
     grammar: bool
-    forced: bool  # append what the grammar forces in one step
-    draft_tokens: int  # copied from the request per step, where its text goes on as the reply did; doubled while right
-    guess_tokens: int  # at most this many where the request's look says what a call copies (toolcall/draft.py)
-    alternatives: int  # at most this many calls are tried beside the greedy one, where the model is unsure
+    forced: bool  # append all tokens that the grammar forces in one step
+    draft_tokens: int  # per step, copied from what follows the reply's last tokens in the request; doubled while right
+    guess_tokens: int  # per step at most, where toolcall/draft.py guesses what a call copies
+    alternatives: int  # at most this many calls are tried beside the greedy one, if the model is unsure
 
     def __post_init__(self) -> None:
         for name in ("prefixes", "conversation_tokens", "draft_tokens", "guess_tokens", "alternatives"):
@@ -58,7 +59,7 @@ class Techniques:
 PREFIXES = 8
 PLAIN = Techniques(PREFIXES, 0, grammar=False, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0)
 ALL = Techniques(PREFIXES, 4096, grammar=True, forced=True, draft_tokens=4, guess_tokens=16, alternatives=4)
-SURE = math.log(0.98)  # a token that is likelier than that has no second choice worth trying
+SURE = math.log(0.98)  # a token likelier than this has no second choice worth trying
 
 
 def ablations(use: Techniques) -> dict[str, Techniques]:
@@ -76,13 +77,13 @@ def ablations(use: Techniques) -> dict[str, Techniques]:
 
 
 class Runtime(Protocol):
-    context_tokens: int  # the longest that prefix, prompt and reply may be together
+    context_tokens: int  # limit for prefix, prompt and reply together
 
     def keeps(self, prefix: Sequence[int]) -> bool:
-        """Is its KV cache there from an earlier request?"""
+        """Whether the KV cache of `prefix` is kept from an earlier request."""
 
     def begin(self, prefix: Sequence[int]) -> None:
-        """Make the KV cache hold `prefix`; those of the last few are kept."""
+        """Make the KV cache hold `prefix`; the last few prefixes are kept."""
 
     def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
         """Logits (keep, vocabulary) after the last `keep` of `tokens`, which take the positions from `at` on.
@@ -93,7 +94,7 @@ class Runtime(Protocol):
 
 @runtime_checkable
 class RowsRuntime(Protocol):
-    """Several requests behind one prefix, each a row."""
+    """Several requests with one prefix, each a row of a batch."""
 
     def begin_rows(self, prefix: Sequence[int], rows: int) -> None:
         """Make the KV cache hold `prefix` for each row."""
@@ -110,28 +111,28 @@ class RowsRuntime(Protocol):
 
 @dataclass(eq=False)
 class Row:
-    """A request that is answered beside others."""
+    """A request that is decoded together with others."""
 
     places: list[int] = field(default_factory=list)  # of its tokens in the KV cache, in the order of their positions
-    tokens: list[int] = field(default_factory=list)  # those that the KV cache holds
-    asked: int = 0  # of them, before its reply
+    tokens: list[int] = field(default_factory=list)  # its tokens in the KV cache
+    asked: int = 0  # how many tokens come before its reply
 
 
 @runtime_checkable
 class TogetherRuntime(Protocol):
-    """Several requests behind one prefix, each at its own pace. `begin` ends them all."""
+    """Several requests with one prefix, each at its own pace. `begin` ends them all."""
 
     def has_room(self, prefix: int, own: Sequence[int]) -> bool:
-        """Beside a prefix of so many tokens, for requests of so many each, their replies included?"""
+        """Whether a prefix of `prefix` tokens and requests of `own` tokens each, with their replies, fit together."""
 
     def join(self, asked: Sequence[int] = ()) -> Row:
-        """A new request; `asked`: what it will be fed first, of which an earlier request may have left a beginning."""
+        """Add a request. `asked`: its first tokens; an earlier request may have left the KV cache of some of them."""
 
     def leave(self, row: Row) -> None:
-        """Its place is free at once."""
+        """End the request; its place is free at once."""
 
     def step_together(self, steps: Sequence[tuple[Row, "Step"]]) -> list[NDArray[np.float32]]:
-        """Logits (keep, vocabulary) of each request after its step. One that failed can be repeated."""
+        """Logits (keep, vocabulary) of each request after its step. A call that failed can be repeated."""
 
 
 class Choice(StrEnum):
@@ -147,7 +148,7 @@ class Prompt:
     prefix: Sequence[int]
     asked: Sequence[int]
     end: int  # the token that ends a reply
-    text: str  # the request: what copied arguments are spans of
+    text: str  # the request's text, which arguments are copied from
     choice: Choice = Choice.AUTO
     max_new_tokens: int = 1_000_000  # of a reply
     drafter: Drafter | None = None
@@ -156,7 +157,7 @@ class Prompt:
 def generate(runtime: Runtime, prompt: Prompt, grammar: Grammar | None, use: Techniques) -> Iterator[Token]:
     """The reply up to its end token, or cut at the prompt's max_new_tokens.
 
-    Raises ValueError where a call is required and there is no grammar.
+    Raises ValueError if a call is required and there is no grammar.
     """
     decoding = Decoding(prompt, grammar, use)
     yield from decoding.opening
@@ -168,11 +169,11 @@ def generate(runtime: Runtime, prompt: Prompt, grammar: Grammar | None, use: Tec
 
 @dataclass(frozen=True)
 class Step:
-    """What the model reads next."""
+    """The tokens that the model reads next."""
 
     feed: list[int]
-    draft: list[int]  # what it is guessed to say then
-    at: int  # position of the first; what the KV cache holds from there on is dropped
+    draft: list[int]  # a guess at how the reply goes on
+    at: int  # position of the first token; the KV cache from there on is dropped
 
     @property
     def tokens(self) -> list[int]:
@@ -180,17 +181,17 @@ class Step:
 
     @property
     def keep(self) -> int:
-        """The last token to feed and each of the draft: after these the model is asked for its logits."""
+        """How many logits are needed: after the last token of `feed` and after each of `draft`."""
         return 1 + len(self.draft)
 
 
 class Decoding:
-    """One reply, a step of the model at a time.
+    """Decodes one reply, one step of the model at a time.
 
-    With alternatives, of several calls the likeliest. Where the model was unsure of a token, its second choice is gone
-    on with too, as long as a call that begins so may be likelier than the best one so far; best-first search, where a
-    candidate is finished greedily. And text, where any text is likelier than that call. So a call is said
-    when its end is known; text comes token by token.
+    With alternatives, the reply is the likeliest of several candidate calls, by best-first search: if the model was
+    unsure of a token, a candidate with its second choice is finished greedily too, as long as it may become likelier
+    than the best call so far. If text as a whole is likelier than that call, the reply is text. So a call is returned
+    only when complete; text comes token by token.
     """
 
     def __init__(self, prompt: Prompt, grammar: Grammar | None, use: Techniques) -> None:
@@ -198,23 +199,23 @@ class Decoding:
         self._prompt, self._use = prompt, use
         self._grammar = grammar if use.grammar else None
         self._reply = _Reply(prompt, self._grammar, use)
-        self._forks: list[list[Token]] = []  # what other calls begin with
+        self._forks: list[list[Token]] = []  # beginnings of other candidates
         self._left = use.alternatives
         self._best: list[Token] = []
-        self._cached: list[int] = []  # of the reply, in the KV cache
-        self._copied = 0  # drafts in a row that were right as a whole: the next may be twice as long
-        self._text: tuple[float, Token] | None = None  # log-probability of any text, and what the likeliest begins with
+        self._cached: list[int] = []  # tokens of the reply in the KV cache
+        self._copied = 0  # how many drafts in a row were right as a whole: each doubles the next
+        self._text: tuple[float, Token] | None = None  # log-probability of any text, and its likeliest first token
         required = self._reply.required()
-        self.opening = [Token(found, 0.0) for found in required]  # whatever the model thinks
-        self._said = list(self.opening)  # in this candidate
-        self._told = len(self._said)  # of them, to who asked
+        self.opening = [Token(found, 0.0) for found in required]  # whatever the model prefers
+        self._said = list(self.opening)  # tokens of this candidate
+        self._told = len(self._said)  # how many of them were returned
         first = [*prompt.asked, *required]
         self.step: Step | None = Step(first, self._room(self._reply.opening_draft()), len(prompt.prefix))  # None: ended
         if self._reply.grammar_finished:  # the only tool, and it takes no arguments
             self.opening.append(self._end())
 
     def read(self, step: Step, logits: NDArray[np.float32]) -> list[Token]:
-        """What is said after `step`, whose `logits` (keep, vocabulary) these are; `self.step` is then the next."""
+        """The tokens to return after `step`, given its `logits` (keep, vocabulary); sets `self.step` to the next."""
         for row, guess in zip(logits, [*step.draft, None], strict=True):
             token = self._choose(row)
             self._said.append(token)
@@ -247,7 +248,7 @@ class Decoding:
         return token
 
     def _go_on(self, fed: int) -> None:
-        """Set the next step, where the KV cache holds the first `fed` tokens of the reply."""
+        """Set the next step, given that the KV cache holds the first `fed` tokens of the reply."""
         self.step = None
         if self._reply.finished:
             return
@@ -261,11 +262,11 @@ class Decoding:
             self.step = Step(feed, self._room(self._reply.draft(min(self._copied, 3))), at)
 
     def _room(self, draft: list[int]) -> list[int]:
-        """What of it the reply has room for: beside others a request takes no more places than that."""
+        """`draft`, cut to the room left for the reply: a request decoded with others must not take more."""
         return draft[: max(0, self._prompt.max_new_tokens - len(self._said))]
 
     def _likeliest(self) -> list[Token]:
-        """A call has ended: on to the next candidate, or the best is said."""
+        """After the end of a call: go on to the next candidate, or return the best reply."""
         while True:
             self._best = max(self._best or self._said, self._said, key=self._rank)
             fork = max(self._forks, key=_total, default=None)
@@ -283,12 +284,12 @@ class Decoding:
         return self._tell()
 
     def _rank(self, said: list[Token]) -> tuple[bool, float]:
-        """A call that was cut is worth less than any whole one."""
+        """For comparison: a call that was cut off ranks below every complete one."""
         whole = bool(said) and said[-1].id == self._prompt.end
         return whole, _total(said) if whole else -math.inf
 
     def _begin(self, said: list[Token]) -> None:
-        """Go on with a reply that begins so."""
+        """Go on with the candidate that begins with `said`."""
         ids = [token.id for token in said]
         fed = 0
         while fed < min(len(ids) - 1, len(self._cached)) and ids[fed] == self._cached[fed]:
@@ -311,7 +312,7 @@ def _total(said: Sequence[Token]) -> float:
 def generate_together(
     runtime: RowsRuntime, prefix: Sequence[int], prompts: Sequence[Sequence[int]], end: int, max_new_tokens: int
 ) -> list[list[Token]]:
-    """The greedy replies to `prompts`, each up to its `end` token, without any technique; padded on the left."""
+    """The greedy replies to `prompts`, each up to its `end` token, without techniques. Prompts are padded left."""
     longest = max(map(len, prompts))
     tokens = np.array([[end] * (longest - len(asked)) + list(asked) for asked in prompts], np.int64)
     pads = np.array([longest - len(asked) for asked in prompts])
@@ -337,7 +338,7 @@ def generate_together(
 
 
 class _Reply:
-    """What has been said so far, and who holds it."""
+    """The reply so far, and the state of its grammar."""
 
     def __init__(self, prompt: Prompt, grammar: Grammar | None, use: Techniques) -> None:
         self._prompt, self._grammar, self._use = prompt, grammar, use
@@ -354,12 +355,12 @@ class _Reply:
 
     @property
     def is_call(self) -> bool:
-        """Or may become one."""
+        """Whether it is a call or may become one."""
         opening = self._grammar.opening if self._grammar else []
         return bool(opening) and self.tokens[: len(opening)] == opening[: len(self.tokens)]
 
     def required(self) -> list[int]:
-        """What the reply begins with, whatever the model thinks."""
+        """What the reply must begin with, whatever the model prefers."""
         if self._prompt.choice != Choice.REQUIRED:
             return []
         if self._grammar is None:
@@ -373,14 +374,14 @@ class _Reply:
         return self._grammar.opening
 
     def choose(self, logits: NDArray[np.float32]) -> tuple[Token, Token | None]:
-        """The likeliest token that may come next, and the second where the model is unsure."""
+        """The likeliest allowed token, and the second likeliest if the model is unsure."""
         if self._prompt.choice == Choice.NONE and self._grammar and not self.tokens:
             logits = logits.copy()
             logits[self._grammar.opening[0]] = -np.inf
         second = None
         if not self._guide:
             token = greedy(logits)
-        elif forced := self._guide.forced():  # where they were not appended, and within a draft
+        elif forced := self._guide.forced():  # within a draft, or if they are not appended
             token = Token(forced[0], 0.0)
         else:
             token = _best(self._guide, logits)
@@ -388,7 +389,7 @@ class _Reply:
                 others = logits.copy()
                 others[token.id] = -np.inf
                 found = _best(self._guide, others)
-                if found.log_probability > -math.inf:  # else no other is allowed
+                if found.log_probability > -math.inf:  # else no other token is allowed
                     second = Token(found.id, _log_probability(logits, found.id), changed=True)
         self.take([token.id])
         return token, second
@@ -400,7 +401,7 @@ class _Reply:
         return found
 
     def draft(self, doublings: int) -> list[int]:
-        """What the request's look says; else what follows, there, the longest match of the reply's last tokens."""
+        """The drafter's guess; else what follows the longest match of the reply's last tokens in the request."""
         if self._guide and self._use.guess_tokens and self._prompt.drafter:
             guess = self._prompt.drafter.after(self.tokens, self._use.guess_tokens)
             if guess:
@@ -440,7 +441,7 @@ def _log_probability(logits: NDArray[np.float32], token: int) -> float:
 
 
 class NullRuntime:
-    """Says the same to every request: with it the benchmark measures itself."""
+    """Gives every request the same reply: with it the benchmark measures its own overhead."""
 
     context_tokens = 1_000_000
 

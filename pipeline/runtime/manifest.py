@@ -1,4 +1,4 @@
-"""What a released folder holds, by SHA-256, and the form that its model reads: what does not fit is not loaded."""
+"""Manifest of a released folder: SHA-256 of its files and its prompts' form. A folder that differs is not loaded."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ def write_manifest(folder: Path) -> None:
 
 
 def check_manifest(folder: Path) -> None:
-    """Without a manifest, nothing.
+    """Does nothing if there is no manifest.
 
-    Raises ValueError naming the first file that is missing, changed or not listed, or where another version of this
-    package, whose prompts are of another form, made the model.
+    Raises ValueError naming the first file that is missing, changed or not listed, or if the model was made by a
+    version of this package whose prompts have another form.
     """
     if not (folder / NAME).exists():
         return

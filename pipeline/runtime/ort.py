@@ -1,4 +1,4 @@
-"""ONNX Runtime: the portable graph, whose past is copied at each step, and the fused one, whose is not."""
+"""ONNX Runtime: the portable graph, which copies its KV cache at each step, and the fused one, which does not."""
 
 import ctypes
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 def open_session(
     path: Path, device: str, threads: int, options: dict[str, str] | None = None
 ) -> onnxruntime.InferenceSession:
-    """`options`: the provider's. Raises RuntimeError where `device` cannot be had: ONNX Runtime would take the CPU."""
+    """`options`: the provider's. Raises RuntimeError if `device` is missing: ONNX Runtime would use the CPU."""
     if PROVIDERS[device] not in onnxruntime.get_available_providers():
         found = onnxruntime.get_available_providers()
         raise RuntimeError(f"benchmark.device is {device}, but ONNX Runtime offers only {found}")
@@ -45,10 +45,10 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
 
 
 def lean_options(threads: int) -> onnxruntime.SessionOptions:
-    """Memory that a long prompt took goes back to the system, a twentieth of the process; no call is slower for it."""
+    """With these, a long prompt's memory returns to the system, a twentieth of the process's; no call is slower."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        m_mmap_threshold = -3  # malloc.h; set, it no longer grows with what was freed
+        m_mmap_threshold = -3  # malloc.h; once set, malloc no longer raises it after frees
         libc.mallopt(m_mmap_threshold, 128 * 1024)
     options = session_options(threads)
     options.enable_cpu_mem_arena = False
@@ -56,7 +56,7 @@ def lean_options(threads: int) -> onnxruntime.SessionOptions:
 
 
 def past_inputs(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, int]]:
-    """Each past's name, with its heads and size of a head."""
+    """Name of each input of past keys or values -> number of heads, size of a head."""
     return {
         found.name: (found.shape[1], found.shape[3])
         for found in session.get_inputs()
@@ -110,7 +110,7 @@ class PortableRuntime:
     def _extend(
         self, tokens: Ids, mask: Ids, positions: Ids, past: dict[str, Any]
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Logits (rows, new, vocabulary) of `tokens` and the past that has them."""
+        """Logits (rows, new, vocabulary) of `tokens`, and the past including them."""
         feed: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, **past}
         if "position_ids" in self._inputs:
             feed["position_ids"] = positions
@@ -124,10 +124,10 @@ def _unpadded(at: int, new: int) -> tuple[Ids, Ids]:
 
 
 class FusedRuntime:
-    """A graph with GroupQueryAttention on the CPU: one KV buffer a layer, bound as past and present, never copied.
+    """A graph with GroupQueryAttention on the CPU: KV buffers per layer, bound as past and present, never copied.
 
-    The prefix stays at the buffer's beginning from one request to the next; what it makes room for is kept beside it.
-    With `conversation` so does the last request: of one that goes on with it only what is new is computed.
+    The prefix stays at the start of the buffers from one request to the next; other prefixes are kept as copies. With
+    `conversation` the last request stays too: a request that continues it computes only its new tokens.
     """
 
     def __init__(self, folder: Path, threads: int, prefixes: int, conversation: bool = False) -> None:
@@ -144,7 +144,7 @@ class FusedRuntime:
         self._mask = np.ones((1, buffer_tokens), np.int64)
         self._prefixes = Prefixes(buffers, prefixes)
         self._conversation = conversation
-        self._held: list[int] = []  # behind the prefix
+        self._held: list[int] = []  # tokens in the buffers behind the prefix
         self._new = True  # the next step is the first of a request
 
     def keeps(self, prefix: Sequence[int]) -> bool:
@@ -168,7 +168,7 @@ class FusedRuntime:
         return logits
 
     def _extend(self, new: Sequence[int], length: int, keep: int) -> NDArray[np.float32]:
-        """Logits (keep, vocabulary) after the last of `new`, which end at position `length`."""
+        """Logits (keep, vocabulary) of the last `keep` of `new`, which end at position `length`."""
         binding = self._binding
         binding.bind_cpu_input("input_ids", np.array([new], np.int64))
         binding.bind_cpu_input("attention_mask", np.ascontiguousarray(self._mask[:, :length]))
@@ -179,16 +179,16 @@ class FusedRuntime:
 
 
 def lengths(folder: Path, contexts: int = 1) -> tuple[int, int]:
-    """Of a KV buffer for as many `contexts`, where the model knows so many positions, and of one context.
+    """Tokens in a KV buffer for `contexts` contexts, and in one context; neither exceeds the model's positions.
 
-    Drafts may reach beyond the end of a reply, and so of the context.
+    A context is LONGEST_DRAFT shorter than its buffer, because drafts may reach beyond the end of a reply.
     """
     limit = int(files.read_json(folder / "config.json")["max_position_embeddings"])
     return min(limit, contexts * BUFFER_TOKENS), min(limit, BUFFER_TOKENS) - LONGEST_DRAFT
 
 
 def last_output(binding: onnxruntime.IOBinding) -> NDArray[np.float32]:
-    """Of those bound. IOBinding.get_outputs makes an object of each KV buffer, which takes 60 us a step."""
+    """The last bound output. IOBinding.get_outputs would make an object of each KV buffer, 60 us per step."""
     outputs = binding.get_outputs_as_ortvaluevector()
     found: NDArray[np.float32] = outputs[len(outputs) - 1].numpy()
     return found

@@ -1,8 +1,8 @@
-"""Requests decoded together, on the CPU: their tokens share one KV cache, and an attention bias keeps them apart.
+"""Requests decoded together on the CPU: their tokens share one KV cache, and an attention bias keeps them apart.
 
-GroupQueryAttention takes rows of a batch one new token each; forced tokens and drafts are several. So there are no rows
-for the model: it reads one sequence, in which a token sees the prefix, once for all, and what came before it in its own
-request. Where a token stands in the KV cache says nothing of its position, which is given beside it.
+In a batch, GroupQueryAttention takes one new token per row, but forced tokens and drafts are several. So the model
+reads one sequence, in which a token sees the prefix, stored once, and the earlier tokens of its own request. A token's
+position is a separate input, independent of its place in the KV cache.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from pipeline.runtime.ort import last_output, lean_options, lengths, past_inputs
 from pipeline.runtime.prefixes import Prefixes
 
 HIDDEN = np.finfo(np.float32).min
-CONTEXTS = 4  # that the requests may fill together: memory that no token has reached is not resident
+CONTEXTS = 4  # that the requests may fill together; memory never written to is not resident
 
 
 class PackedRuntime:
@@ -47,7 +47,7 @@ class PackedRuntime:
         return prefix + sum(own) <= self._mask.size - LONGEST_DRAFT
 
     def begin(self, prefix: Sequence[int]) -> None:
-        """Without rows, and with `prefix` for those to come."""
+        """End all requests; those that join from now on have `prefix`."""
         self.rows = []
         self._prefixes.begin(tuple(prefix), self._compute)
 
@@ -66,7 +66,7 @@ class PackedRuntime:
         self._conversations.keep(self._prefixes.current, row.tokens, row.places[: len(row.tokens)], row.asked)
 
     def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
-        """One request alone."""
+        """For one request alone."""
         row = self.rows[0] if self.rows else self.join()
         feed = len(tokens) - keep + 1
         return self.step_together([(row, Step(list(tokens[:feed]), list(tokens[feed:]), at))])[0]
@@ -80,7 +80,7 @@ class PackedRuntime:
             del row.places[known:], row.tokens[known:]
             read += [(row, token) for token in step.feed[known - at : -1]]
         used = self._close_gaps()
-        # What is only read comes first: the head's work is for the last ones alone.
+        # Tokens whose logits are not needed come first: the head computes only the last ones.
         asked = [(row, token) for row, step in steps for token in [step.feed[-1], *step.draft]]
         new = [*read, *asked]
         positions = np.empty(len(new), np.int64)
@@ -97,9 +97,9 @@ class PackedRuntime:
         return np.split(logits, np.cumsum([step.keep for _, step in steps])[:-1])
 
     def _close_gaps(self) -> int:
-        """Move the last tokens to where wrong drafts, and requests that ended, have left places; where they end then.
+        """Move the last tokens to places that wrong drafts and ended requests left; returns where the tokens then end.
 
-        Attention takes time for every place, seen or not.
+        Attention takes time for every place, masked or not.
         """
         taken = {place for row in self.rows for place in row.places}
         begin, end = len(self._prefixes.current), len(self._prefixes.current) + len(taken)
@@ -129,7 +129,7 @@ class PackedRuntime:
 
 
 def _open(folder: Path, threads: int) -> onnxruntime.InferenceSession:
-    """The fused graph, whose attention is given positions and a bias."""
+    """The fused graph, with positions and an attention bias as further inputs."""
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     tensor = onnx.helper.make_tensor_value_info
     model.graph.input.extend(

@@ -11,9 +11,9 @@ Buffers = Sequence[NDArray[np.float32]]  # keys or values of a layer, (1, heads,
 
 
 class Prefixes:
-    """The prefix in use stays at the beginning of `buffers`, and has no copy: most agents have one list of tools.
+    """The prefix in use stays at the start of `buffers`, without a copy: most agents have one list of tools.
 
-    One that makes room for another is copied; `limit` is how many there are with the one in use.
+    When another replaces it, it is copied. `limit` is how many are kept, including the one in use.
     """
 
     def __init__(self, buffers: Buffers, limit: int) -> None:
@@ -25,7 +25,7 @@ class Prefixes:
         return self._limit > 0 and (prefix == self.current or prefix in self._others)
 
     def begin(self, prefix: tuple[int, ...], compute: Callable[[tuple[int, ...]], object]) -> None:
-        """`compute` writes the keys and values of a prefix that is not kept to the buffers."""
+        """Use `prefix`; if it is not kept, `compute` writes its keys and values to the buffers."""
         if prefix == self.current and self._limit:
             return
         if self.current and self._limit > 1:

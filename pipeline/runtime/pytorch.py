@@ -28,7 +28,7 @@ class PytorchRuntime:
         return tuple(prefix) in self._prefixes
 
     def begin(self, prefix: Sequence[int]) -> None:
-        self._cache = self._prefixes.get(tuple(prefix), lambda: self._begun(prefix))  # `step` cuts what came after it
+        self._cache = self._prefixes.get(tuple(prefix), lambda: self._begun(prefix))  # `step` crops what came after it
 
     def _begun(self, prefix: Sequence[int]) -> DynamicCache:
         cache = DynamicCache()
@@ -42,7 +42,7 @@ class PytorchRuntime:
 
     @torch.inference_mode()
     def begin_rows(self, prefix: Sequence[int], rows: int) -> None:
-        self._cache = self._begun(prefix)  # of the rows from now on
+        self._cache = self._begun(prefix)  # that of all rows from now on
         self._cache.batch_repeat_interleave(rows)
 
     @torch.inference_mode()

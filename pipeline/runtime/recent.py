@@ -1,4 +1,4 @@
-"""What was made for the last few tool lists, so that it is not made again for each request."""
+"""A cache of what was made for the last few tool lists, so that it is not made again for each request."""
 
 import threading
 from collections.abc import Callable
@@ -9,11 +9,11 @@ Value = TypeVar("Value")
 
 
 class Recent(Generic[Key, Value]):
-    """At most `limit` values; the one that was not asked for the longest goes first. For several threads at once."""
+    """At most `limit` values; the least recently used goes first. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._values: dict[Key, Value] = {}  # the last asked for at the end
+        self._values: dict[Key, Value] = {}  # the most recently used last
         self._lock = threading.Lock()  # not held while a value is made: two threads may make the same one
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
@@ -31,7 +31,7 @@ class Recent(Generic[Key, Value]):
                 del self._values[next(iter(self._values))]
 
     def take(self, key: Key) -> Value | None:
-        """It is not kept any longer."""
+        """Removes the value, if there is one, and returns it."""
         with self._lock:
             return self._values.pop(key, None)
 

@@ -1,4 +1,4 @@
-"""Anthropic's Messages API: what clients send, as pydantic models, and what they get."""
+"""Anthropic's Messages API: requests as pydantic models, replies as JSON values and events."""
 
 import json
 import secrets
@@ -32,7 +32,7 @@ class ToolResult(BaseModel):
 
 
 class Ignored(BaseModel):
-    """What a model of text leaves out: thinking."""
+    """Thinking, which the model does not see."""
 
     type: Literal["thinking", "redacted_thinking"]
 
@@ -61,7 +61,7 @@ def _no_null(value: Any) -> Any:
 
 
 class MessagesBody(BaseModel):
-    """Other keys are taken and ignored: sampling is greedy, and the system prompt is the model's own."""
+    """Other keys are accepted and ignored: sampling is greedy, and the system prompt is the model's own."""
 
     model: str
     messages: list[WireMessage] = Field(min_length=1)
@@ -72,11 +72,11 @@ class MessagesBody(BaseModel):
 
 
 class CountBody(MessagesBody):
-    """Of /v1/messages/count_tokens."""
+    """The body of /v1/messages/count_tokens."""
 
 
 def asked(body: MessagesBody, own: tuple[Tool, ...], max_new_tokens: int) -> Asked:
-    """Raises ValueError where the conversation does not end with the user, or a wanted tool is not on offer."""
+    """Raises ValueError if the conversation does not end with the user, or the chosen tool is not offered."""
     tools = [
         Tool(tool.name, tool.description or "", tool.input_schema)
         for tool in body.tools
@@ -87,6 +87,8 @@ def asked(body: MessagesBody, own: tuple[Tool, ...], max_new_tokens: int) -> Ask
     choice = {"auto": Choice.AUTO, "any": Choice.REQUIRED, "tool": Choice.REQUIRED, "none": Choice.NONE}[kind]
     if body.tool_choice and body.tool_choice.type == "tool" and wanted is None:
         raise ValueError("tool_choice: type tool needs a name")
+    if choice == Choice.REQUIRED and not tools:
+        raise ValueError("tool_choice asks for a call, but there are no tools")
     return Asked(
         in_turn(_said(body.messages)),
         offered(tools, own, wanted),
@@ -154,7 +156,7 @@ def usage(piece: Piece) -> dict[str, int]:
 
 
 class Stream:
-    """The server-sent events of one reply, to be fed with its pieces."""
+    """Makes the server-sent events of one reply from its pieces."""
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -162,7 +164,7 @@ class Stream:
         self._block = ""
 
     def events(self, piece: Piece, text: str) -> Iterator[str]:
-        """`text`: what is new of it in `piece`."""
+        """`text`: the new text in `piece`."""
         if not self._begun:
             self._begun = True
             start = message(piece, self._model) | {"content": [], "stop_reason": None}

@@ -32,7 +32,7 @@ T = TypeVar("T")
 class Limits:
     body_bytes: int
     read_timeout_s: float  # for a client to send its request
-    request_timeout_s: float  # from a request to its whole reply, waiting included
+    request_timeout_s: float  # from a request to its whole reply, queueing included
     max_new_tokens: int
 
 
@@ -121,10 +121,10 @@ class Server:
         streaming = False
         try:
             body: Any = await self._body(request, api.body)
-            asked = _reading(lambda: api.asked(body, self._own(), self.limits.max_new_tokens))
-            reply = _Reply(self, api, body, asked, start)
             async with asyncio.timeout(self.limits.request_timeout_s):
+                asked = await self._asked(api, body)
                 if asked.stream:
+                    reply = _Reply(self, api, body, asked, start)
                     await _unless_gone(request, reply.begin())
                     streaming = True
                     return reply
@@ -148,15 +148,20 @@ class Server:
         return JSONResponse(api.whole(piece, body.model), headers=headers)
 
     async def count_tokens(self, request: Request) -> Response:
-        """Of what /v1/messages would leave of the conversation."""
+        """Counts what /v1/messages would keep of the conversation."""
         start = time.perf_counter()
+        self.open_requests += 1
         try:
-            body = await self._body(request, anthropic_wire.CountBody)
-            asked = _reading(lambda: anthropic_wire.asked(body, self._own(), self.limits.max_new_tokens))
+            body: Any = await self._body(request, anthropic_wire.CountBody)
             caller = self.engine.wait_until_loaded()
-            prompted = await asyncio.to_thread(_reading, lambda: self.engine.fit(caller, asked))
-        except (RefusedError, BusyError, ClientDisconnect) as error:
+            async with asyncio.timeout(self.limits.request_timeout_s):
+                asked = await self._asked(ANTHROPIC, body)
+                counting = asyncio.to_thread(_reading, lambda: self.engine.fit(caller, asked))
+                prompted = await _unless_gone(request, counting)
+        except (RefusedError, BusyError, TimeoutError, ClientDisconnect) as error:
             return self._failed(error, ANTHROPIC, start)
+        finally:
+            self.open_requests -= 1
         return JSONResponse({"input_tokens": len(prompted.prefix) + len(prompted.asked)})
 
     async def models(self, request: Request) -> Response:
@@ -207,12 +212,16 @@ class Server:
             "owned_by": "you",
         }
 
+    async def _asked(self, api: Api, body: Any) -> Asked:
+        """In another thread: checking a hundred tools takes a second, in which others are answered."""
+        return await asyncio.to_thread(_reading, lambda: api.asked(body, self._own(), self.limits.max_new_tokens))
+
     def _own(self) -> tuple[Tool, ...]:
         return self.engine.caller.tools if self.engine.caller else ()
 
     async def _body(self, request: Request, kind: type[T]) -> T:
-        """Raises RefusedError where the client has no key, sends too much, too slowly, or breaks the format, and
-        BusyError where the queue is full.
+        """Raises RefusedError if the key is wrong, the server is not ready, or the body is too large, too slow or
+        malformed; BusyError if the queue is full.
         """
         self._authorize(request)
         if not self.engine.ready:
@@ -232,7 +241,7 @@ class Server:
         try:
             return kind.model_validate_json(bytes(content))  # type: ignore[attr-defined, no-any-return]
         except ValidationError as error:
-            # Of the ways in which a union did not fit, the one that came furthest says most.
+            # If no member of a union fits, the error deepest in the body says most.
             found = max(error.errors(include_url=False, include_input=False), key=lambda found: len(found["loc"]))
             where = ".".join(map(str, found["loc"]))
             raise RefusedError(400, f"{where}: {found['msg']}" if where else found["msg"]) from error
@@ -252,7 +261,7 @@ class Server:
         return JSONResponse(api.error(status, message), status, headers)
 
     def failure(self, error: Exception, api: Api, start: float) -> tuple[int, str]:
-        """The status and text a client gets, counted and logged."""
+        """The status and message for the client; counts and logs them."""
         message = str(error)
         match error:
             case RefusedError():
@@ -275,7 +284,7 @@ class Server:
         return status, message
 
     async def _fault(self, request: Request, error: Exception) -> Response:
-        """Ours: counted, and in the format of the client's API."""
+        """The server's own fault: counted, and answered in the format of the client's API."""
         del error  # Starlette logs it
         api = OPENAI if "chat" in request.url.path else ANTHROPIC
         self.metrics.errors.labels("500").inc()
@@ -289,7 +298,7 @@ class Server:
 
 
 class _Reply(Response):
-    """A streamed reply: its place is free as soon as the client has gone."""
+    """A streamed reply: its place in the engine is freed as soon as the client disconnects."""
 
     def __init__(self, server: Server, api: Api, body: Any, asked: Asked, start: float) -> None:
         super().__init__(media_type="text/event-stream")
@@ -298,10 +307,10 @@ class _Reply(Response):
         self._stream, self._reader = api.stream(body), ReplyReader()
         self._pieces: AsyncGenerator[Piece, None] = server.engine.answer(asked)
         self._first: list[Piece] = []
-        self._told = False  # in the log, what came of it
+        self._told = False  # the outcome is logged
 
     async def begin(self) -> None:
-        """Wait for the first piece. What fails until then gets a status of its own."""
+        """Wait for the first piece. A failure until then still gets its own status."""
         self._first.append(await anext(self._pieces))
         self._server.metrics.first_byte.observe(time.perf_counter() - self._start)
 
@@ -358,7 +367,7 @@ async def _gone(receive: Receive) -> None:
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """Raises ClientDisconnect, and cancels the work, where the client goes before it is done."""
+    """Raises ClientDisconnect, and cancels the work, if the client disconnects before it is done."""
     working = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request.receive))
     try:

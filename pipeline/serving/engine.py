@@ -1,6 +1,6 @@
 """One thread that owns the model; requests wait for it in a queue of limited length.
 
-Where the runtime can decode several together, requests join and leave between two steps of the model.
+If the runtime can decode requests together, they join and leave between two steps of the model.
 """
 
 import asyncio
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from pipeline.runtime.caller import ToolCaller, TooLongError
 from pipeline.runtime.generation import Choice, Decoding, Prompt, Row, Runtime, TogetherRuntime, Token
 from pipeline.toolcall.conversation import Message
-from pipeline.toolcall.prompt import request_tokens
+from pipeline.toolcall.prompt import request_tokens, system_prompt
 from pipeline.toolcall.reply import OPENING, write_call
 from pipeline.toolcall.tool import Tool, ToolCall
 
 CUT = "\n[cut]"
 NICE = 5
-# A token has fewer, but for the longest runs of blanks and dashes. To encode a megabyte holds Python's lock for a
-# second, so what has too many characters to fit is not encoded.
+# A token has fewer, except for the longest runs of blanks and dashes. Encoding a megabyte holds Python's GIL for a
+# second, so text with too many characters to fit is not encoded.
 CHARACTERS = 64
 
 
@@ -45,8 +45,8 @@ class Said:
 
     role: str
     text: str
-    calls: tuple[tuple[str, ToolCall], ...] = ()  # with their ids
-    answers: str | None = None  # of a tool's result: the id of its call
+    calls: tuple[tuple[str, ToolCall], ...] = ()  # (id, call)
+    answers: str | None = None  # for a tool result: the id of its call
 
 
 @dataclass(frozen=True)
@@ -55,28 +55,28 @@ class Asked:
     tools: tuple[Tool, ...]  # empty: those the model was trained with
     choice: Choice
     max_new_tokens: int
-    stream: bool  # every piece of the reply, or the last only
+    stream: bool  # True: every piece of the reply; False: only the last
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A reply as far as it has come."""
+    """A reply so far."""
 
-    text: str  # the last piece has a call as JSON, those before as the model writes it
-    prompt_tokens: int  # the prefix apart
+    text: str  # a call in it is JSON in the last piece, before that as the model writes it
+    prompt_tokens: int  # without the prefix
     prefix_tokens: int
-    prefix_kept: bool  # its KV cache was there from an earlier request
+    prefix_kept: bool  # its KV cache was kept from an earlier request
     new_tokens: int = 0
     confidence: float = 1.0
-    finished: bool = False  # it came to its own end
+    finished: bool = False  # it ended by itself: it was not cut
     last: bool = False
     changed: int = 0  # tokens that the model would not have chosen
-    call: ToolCall | None = None  # of the last piece
-    kept_tokens: int = 0  # of the prompt: an earlier request of this conversation left their KV cache
+    call: ToolCall | None = None  # only in the last piece
+    kept_tokens: int = 0  # of prompt_tokens: their KV cache was kept from earlier in this conversation
 
     @property
     def cached_tokens(self) -> int:
-        """Of prefix and prompt."""
+        """Of prefix and prompt together."""
         return self.kept_tokens + (self.prefix_tokens if self.prefix_kept else 0)
 
     @property
@@ -85,7 +85,7 @@ class Piece:
 
     @property
     def is_cut_call(self) -> bool:
-        """What is left of it is of no use."""
+        """A call cut at its length limit is of no use."""
         return self.last and not self.finished and self.may_be_call
 
 
@@ -95,13 +95,13 @@ class _Job:
     loop: asyncio.AbstractEventLoop
     pieces: "asyncio.Queue[Piece | Exception]" = field(default_factory=asyncio.Queue)
     cancelled: bool = False
-    prompted: Prompt | None = None  # once it was read
+    prompted: Prompt | None = None  # set once tokenized
 
     def put(self, piece: Piece | Exception) -> None:
         self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
 
     def fail(self, error: Exception) -> None:
-        """ONNX Runtime's exceptions have no base of their own: to who asks they are RuntimeErrors."""
+        """ONNX Runtime's exceptions share no base class: callers get them as RuntimeError."""
         known = isinstance(error, (ValueError, RuntimeError, MemoryError))
         self.put(error if known else RuntimeError(f"{type(error).__name__}: {error}"))
 
@@ -133,10 +133,10 @@ class _Running:
         self.job.fail(error)
 
     def tell(self, caller: ToolCaller, last: bool) -> None:
-        """The reply as far as it has come, to who waits for it."""
+        """Send the reply so far to whoever waits for it."""
         if self.failed or self.job.cancelled:
             return
-        # What is forced comes at once: a message for each of its tokens would only cost time.
+        # Forced tokens come all at once: a message for each would only cost time.
         if last or (self.job.asked.stream and time.perf_counter() - self.sent_s > 0.002):
             self.job.put(self._piece(caller, last))
             self.sent_s = time.perf_counter()
@@ -152,14 +152,14 @@ class _Running:
 
 
 class Engine:
-    """Begins to answer requests in the order they came."""
+    """Begins to answer requests in order of arrival."""
 
     def __init__(
         self, load: Callable[[], ToolCaller], queue_length: int, tool_result_tokens: int, together: int = 1
     ) -> None:
         """`load` is called on the engine's own thread. Wait for `ready` before asking.
 
-        `together`: at most so many requests are answered at a time, by a TogetherRuntime.
+        `together`: at most this many requests are decoded together; more than 1 needs a TogetherRuntime.
         """
         self._load, self._queue_length, self._tool_result_tokens = load, queue_length, tool_result_tokens
         self._together = together
@@ -175,7 +175,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Or told to stop."""
+        """Also True once told to stop."""
         return self._stopping or self._thread.is_alive()
 
     @property
@@ -187,16 +187,16 @@ class Engine:
         return len(self._waiting)
 
     def wait_until_loaded(self) -> ToolCaller:
-        """Raises what loading raised."""
+        """Raises the exception that loading raised."""
         self._loaded.wait()
         if self.caller is None:
             raise self._failure or RuntimeError("the model was not loaded")
         return self.caller
 
     async def answer(self, asked: Asked) -> AsyncGenerator[Piece, None]:
-        """The reply piece by piece; to close the iterator cancels the request.
+        """The reply piece by piece; closing the iterator cancels the request.
 
-        Raises BusyError where the queue is full, DrainingError where the server stops, ValueError where the
+        Raises BusyError if the queue is full, DrainingError if the server is stopping, ValueError if the
         request does not fit the model's context.
         """
         job = _Job(asked, asyncio.get_running_loop())
@@ -237,7 +237,7 @@ class Engine:
             raise ValueError(f"messages: nested too deep: {error}") from error
 
     def require_place(self) -> None:
-        """Raises BusyError where the queue is full: to know that before a request is read is soon for its client."""
+        """Raises BusyError if the queue is full. Checked before a request is parsed too, to refuse it early."""
         if len(self._waiting) >= self._queue_length:
             raise BusyError(f"{len(self._waiting)} requests are waiting, and no more may")
 
@@ -256,7 +256,7 @@ class Engine:
                 self._waiting.remove(job)
 
     def _next(self, wait: bool) -> _Job | None:
-        """None: the server stops, or, unless it is to wait, nothing is waiting."""
+        """The next job; None if none is waiting and the server stops or `wait` is False."""
         with self._changed:
             while wait and not self._waiting and not self._stopping:
                 self._changed.wait()
@@ -264,8 +264,8 @@ class Engine:
 
     def _work(self) -> None:
         try:
-            # The model's threads, which begin with this one's priority, leave the processor to who reads and refuses.
-            nice = max(NICE, os.getpriority(os.PRIO_PROCESS, 0))  # whoever started it may have asked for a lower one
+            # The model's threads inherit this priority, so that reading and refusing requests comes first.
+            nice = max(NICE, os.getpriority(os.PRIO_PROCESS, 0))  # the process may have been started with a lower one
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
             self.caller = self._load()
         except Exception as error:  # noqa: BLE001 - handed to the thread that waits for the model
@@ -290,7 +290,7 @@ class Engine:
             running = [one for one in running if one not in ended]
 
     def _admit(self, caller: ToolCaller, running: list[_Running]) -> bool:
-        """Let those join that can, in their order. False: all is answered and the server stops."""
+        """Let waiting jobs join, in order, as long as they can. False: all are answered and the server stops."""
         while len(running) < self._together:
             job = self._next(wait=not running)
             if job is None:
@@ -307,7 +307,7 @@ class Engine:
         return bool(running)
 
     def _joins(self, caller: ToolCaller, job: _Job, running: list[_Running]) -> bool:
-        """False: it has to wait until those that are running end, having other tools or too many tokens beside it."""
+        """False: it must wait until running requests end, as its tools differ or its tokens do not fit with theirs."""
         tools = job.asked.tools or caller.tools
         prompted = job.prompted = job.prompted or self.fit(caller, job.asked)
         if running and prompted.prefix != running[0].prompted.prefix:
@@ -328,13 +328,13 @@ class Engine:
 
 
 def in_turn(conversation: Iterable[Said]) -> tuple[Message, ...]:
-    """A message for each call, followed by the result that bears its id: the model makes one call at a time.
+    """One message per call, followed by the result with its id: the model makes one call at a time.
 
-    A message's text stands before its first call. Results of unknown calls keep their order, behind all calls.
-    Raises ValueError where the conversation does not end with the user or a result.
+    A message's text stands before its first call. Results of unknown calls keep their order, after all earlier calls.
+    Raises ValueError unless the conversation ends with the user or a result.
     """
     turns: list[list[Message]] = []
-    calls: dict[str | None, list[Message]] = {}  # that have no result yet
+    calls: dict[str | None, list[Message]] = {}  # those without a result so far
     for said in conversation:
         if said.answers in calls:
             calls.pop(said.answers).append({"role": said.role, "content": said.text})
@@ -354,10 +354,10 @@ def in_turn(conversation: Iterable[Said]) -> tuple[Message, ...]:
 
 
 def _advance(runtime: Runtime, running: list[_Running]) -> None:
-    """A step of each. Where the model fails, whose fault it is shows when each is asked alone."""
+    """One step of each request. If it fails, each is stepped alone, to find the request at fault."""
     try:
         found = _logits(runtime, running)
-    except Exception as error:  # noqa: BLE001 - ONNX Runtime's have no base of their own; the server goes on
+    except Exception as error:  # noqa: BLE001 - ONNX Runtime's share no base class; the server goes on
         if len(running) == 1:
             running[0].fail(error)
         else:
@@ -379,11 +379,13 @@ def _logits(runtime: Runtime, running: list[_Running]) -> list[NDArray[np.float3
 
 
 def fit(caller: ToolCaller, asked: Asked, tools: tuple[Tool, ...], tool_result_tokens: int) -> Prompt:
-    """The prompt of as much of the conversation as fits: long tool results are cut, then the oldest messages left out.
+    """The prompt, with as much of the conversation as fits: long tool results are cut, then old messages left out.
 
-    Raises TooLongError naming both lengths where what must be kept is too long: see `longer`.
+    Raises TooLongError naming both lengths if what must be kept (see `longer`) is too long.
     """
     context = caller.runtime.context_tokens
+    if (characters := len(system_prompt(tools))) > CHARACTERS * context:
+        raise TooLongError(f"tools of {characters} characters do not fit the context of {context} tokens")
     prefix, opening = caller.encode([], tools, asked.max_new_tokens)
     room = context - asked.max_new_tokens - len(prefix) - len(opening)
     message = cache(lambda at: _cut(caller, asked.messages[at], tool_result_tokens))
@@ -409,14 +411,14 @@ def fit(caller: ToolCaller, asked: Asked, tools: tuple[Tool, ...], tool_result_t
         )
     found += takewhile(fits, ways)
     while len(found) > 1:
-        with suppress(TooLongError):  # what a call copies from what comes before it has other tokens than by itself
+        with suppress(TooLongError):  # fits() can be wrong: a call's tokens depend on the messages that it copies from
             return prompt(found.pop())
     return prompt(found[0])
 
 
 def longer(messages: Sequence[Message]) -> Iterator[Sequence[int]]:
-    """Which of `messages` to keep, ever more of them: the user's last words with the last call and its result, then
-    more calls of this turn, then earlier turns of the user.
+    """Indices of the messages to keep, more each time: the user's last message with the last call and its result, then
+    more calls of this turn, then earlier turns.
     """
     turns = [at for at, message in enumerate(messages) if at and message["role"] == "user"]
     last, end = turns[-1] if turns else 0, len(messages)

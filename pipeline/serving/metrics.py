@@ -1,4 +1,4 @@
-"""What /metrics tells Prometheus."""
+"""The Prometheus metrics at /metrics."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ SECONDS = (0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 4.0, 8.0, 16.0
 
 class Metrics:
     def __init__(self, engine: Engine, gpu: Callable[[], float] | None = None) -> None:
-        """`gpu`: how much of it is used, from 0 to 1, where there is one."""
+        """`gpu`: reads its utilisation, from 0 to 1; None without a GPU."""
         self.registry = CollectorRegistry()
         self.first_byte = Histogram(
             "toolcaller_first_piece_seconds",
@@ -42,7 +42,7 @@ class Metrics:
         )
         engine.on_step = batch.observe
         self.errors = Counter("toolcaller_errors", "Requests refused or failed", ["status"], registry=self.registry)
-        for status in STATUSES:  # a rate sees the first error only where there was a 0 before it
+        for status in STATUSES:  # rate() sees the first error only if the counter was 0 before it
             self.errors.labels(str(status))
         waiting = Gauge("toolcaller_queue_length", "Requests that wait", registry=self.registry)
         waiting.set_function(lambda: engine.queue_length)
@@ -52,7 +52,7 @@ class Metrics:
         memory.set_function(lambda: float(psutil.Process().memory_info().rss))
 
     def count(self, piece: Piece, known: set[str]) -> None:
-        """Calls of tools that the model was not trained with are counted together: their names are the client's."""
+        """Calls of tools that are not in `known` are counted together, since clients choose their names."""
         self._tokens.labels("prompt").inc(piece.prompt_tokens - piece.kept_tokens)
         self._tokens.labels("kept").inc(piece.kept_tokens)
         self._tokens.labels("new").inc(piece.new_tokens)

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions: what clients send, as pydantic models, and what they get."""
+"""OpenAI's chat completions: requests as pydantic models, replies as JSON values and events."""
 
 import json
 import secrets
@@ -66,7 +66,7 @@ class StreamOptions(BaseModel):
 
 
 class ChatBody(BaseModel):
-    """Other keys are taken and ignored: sampling is greedy, and the system prompt is the model's own."""
+    """Other keys are accepted and ignored: sampling is greedy, and the system prompt is the model's own."""
 
     model: str
     messages: list[WireMessage] = Field(min_length=1)
@@ -80,7 +80,7 @@ class ChatBody(BaseModel):
 
 
 def asked(body: ChatBody, own: tuple[Tool, ...], max_new_tokens: int) -> Asked:
-    """Raises ValueError where the conversation does not end with the user or a tool, or a wanted tool is missing."""
+    """Raises ValueError if the conversation does not end with the user or a tool, or the chosen tool is missing."""
     tools = [
         Tool(tool.function.name, tool.function.description or "", tool.function.parameters or {"type": "object"})
         for tool in body.tools
@@ -88,6 +88,8 @@ def asked(body: ChatBody, own: tuple[Tool, ...], max_new_tokens: int) -> Asked:
     wanted = body.tool_choice.function.name if isinstance(body.tool_choice, ChosenFunction) else None
     choice = Choice.REQUIRED if wanted else Choice(str(body.tool_choice or "auto"))
     limit = body.max_completion_tokens or body.max_tokens or max_new_tokens
+    if choice == Choice.REQUIRED and not tools:
+        raise ValueError("tool_choice asks for a call, but there are no tools")
     return Asked(
         in_turn(_said(body.messages)),
         offered(tools, own, wanted),
@@ -110,7 +112,7 @@ def _said(wire: list[WireMessage]) -> Iterator[Said]:
 def _called(call: WireCall) -> ToolCall:
     try:
         arguments = json.loads(call.function.arguments or "{}")
-        json.dumps(arguments, ensure_ascii=False).encode()  # half a character, "\\ud800", is JSON but no text
+        json.dumps(arguments, ensure_ascii=False).encode()  # half a surrogate pair, "\\ud800", is JSON but no text
     except ValueError as error:
         raise ValueError(f"messages: arguments of {call.function.name} are no JSON text: {error}") from error
     if not isinstance(arguments, dict):
@@ -151,7 +153,7 @@ def usage(piece: Piece) -> dict[str, Any]:
 
 
 class Stream:
-    """The server-sent events of one reply, to be fed with its pieces."""
+    """Makes the server-sent events of one reply from its pieces."""
 
     def __init__(self, model: str, include_usage: bool) -> None:
         self._model, self._include_usage = model, include_usage
@@ -159,7 +161,7 @@ class Stream:
         self._begun = False
 
     def events(self, piece: Piece, text: str) -> Iterator[str]:
-        """`text`: what is new of it in `piece`."""
+        """`text`: the new text in `piece`."""
         if not self._begun:
             self._begun = True
             yield self._chunk({"role": "assistant", "content": None})

@@ -1,13 +1,13 @@
-"""The form in which the model itself writes a call: an argument a line, texts as they are.
+"""The form in which the model writes a call: one line per argument, texts as they are.
 
     <tool_call>Edit
     file_path = src/app.py
     old_string = print("a\\n")
     new_string: log.info("a\\n")
 
-`=` says that the value is copied from the request (copies.py), `:` that it is the model's own. Nothing is quoted or
-escaped, so what is copied has the tokens that it has there, and a call has half as many as in JSON. Outside of the
-model calls stand as JSON (reply.py).
+`=` marks a text copied from the request (copies.py), `:` the model's own value. Texts are neither quoted nor escaped,
+so copied text keeps the tokens it has in the request, and a call takes half as many as in JSON. Everywhere else, calls
+are JSON (reply.py).
 """
 
 import json
@@ -19,17 +19,17 @@ from pipeline.toolcall import copies
 from pipeline.toolcall.reply import OPENING
 from pipeline.toolcall.tool import Tool, ToolCall, find_tool
 
-# With any other keyword (pattern, format, maxLength, ...) a text is written as JSON, whose grammar knows them.
+# A text whose schema has another keyword (pattern, format, maxLength, ...) is JSON, whose grammar enforces these.
 _TEXT_KEYWORDS = {"type", "description", "title", "default", "examples", "enum", "const", "x-copy"}
 
 
 def is_text(schema: Any) -> bool:
-    """Is a value of `schema` written as it is? All others are written as JSON."""
+    """Whether a value of `schema` is written as it is; all others are written as JSON."""
     return isinstance(schema, dict) and schema.get("type") == "string" and schema.keys() <= _TEXT_KEYWORDS
 
 
 def write(call: ToolCall, tools: Sequence[Tool], text: str = "") -> str:
-    """In the order of the tool's schema; `text` is the request, of which arguments are copies."""
+    """`call` in this form, arguments in the order of the schema; `text`: the request that they are copied from."""
     tool = find_tool(tools, call.name)
     properties = tool.parameters.get("properties", {}) if tool else {}
     order = list(properties)
@@ -44,31 +44,33 @@ def write(call: ToolCall, tools: Sequence[Tool], text: str = "") -> str:
 
 
 def read(text: str, tools: Sequence[Tool]) -> ToolCall | None:
-    """The call that is all of `text`, or None where it is none."""
+    """The call, or None if `text` as a whole is not one."""
     if not text.startswith(OPENING):
         return None
     name, line, rest = text[len(OPENING) :].partition("\n")
     tool = find_tool(tools, name)
     if tool is None:
         return None
-    properties = tool.parameters.get("properties", {})
+    properties, required = tool.parameters.get("properties", {}), tool.parameters.get("required", [])
     arguments: dict[str, Any] = {}
     left, names = line + rest, list(properties)
     while left:
-        key = _key(names, properties).match(left)
+        key = _key(names, properties, required).match(left)
         if key is None:
             return None
         argument, separator, _ = key[1].rpartition(copies.COPY if key[1].endswith(copies.COPY) else copies.OWN)
         names = names[names.index(argument) + 1 :]
-        following = _key(names, properties).search(left, key.end())
+        following = _key(names, properties, required).search(left, key.end())
         end = following.start() if following else len(left)
         arguments[argument] = _read(left[key.end() : end], properties[argument], separator, arguments)
         left = left[end:]
     return ToolCall(name, arguments)
 
 
-def _key(names: Sequence[str], properties: dict[str, Any]) -> re.Pattern[str]:
-    keys = [re.escape(name + separator) for name in names for separator in copies.separators(properties[name])]
+def _key(names: Sequence[str], properties: dict[str, Any], required: Sequence[str]) -> re.Pattern[str]:
+    """Only `names` up to the first required one can come next: a line that begins with a later one is text."""
+    ends = next((at for at, name in enumerate(names, 1) if name in required), len(names))
+    keys = [re.escape(name + separator) for name in names[:ends] for separator in copies.separators(properties[name])]
     return re.compile(f"\n({'|'.join(keys)})" if keys else "(?!)")
 
 
@@ -79,7 +81,7 @@ def _write(value: Any, schema: Any, tool: Tool | None) -> str:
 
 
 def _as_in(schema: Any, value: Any) -> Any:
-    """`value` as the grammar has it: keys of objects in the order of their schema, whole numbers without a point."""
+    """`value` as the grammar has it: object keys in the order of their schema, integers without a decimal point."""
     schema = schema if isinstance(schema, dict) else {}
     if isinstance(value, dict):
         known = schema.get("properties", {})
@@ -99,6 +101,8 @@ def _read(value: str, schema: Any, separator: str, before: dict[str, Any]) -> An
     if is_text(schema):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return value  # which does not fit the schema, and is reported so
+        found = json.loads(value)
+        json.dumps(found, allow_nan=False)  # 1e999 is valid JSON, but infinite in Python
+    except ValueError:
+        return value  # as a text; Tool.fault checks whether it fits the schema
+    return found

@@ -1,4 +1,4 @@
-"""A request: a conversation that ends with a user's message, the tools on offer, the right call."""
+"""A request: a conversation up to a user's message or a tool's result, the tools on offer, the right call."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from pipeline.toolcall.score import fits
 from pipeline.toolcall.tool import Tool, ToolCall, find_tool, parse_tools
 
-NONE = "none"  # the category of requests that no call answers
+NONE = "none"  # the category of requests for which no call is right
 
 Message = dict[str, str]  # role and content
 Accepted = dict[str, list[Any]]  # argument -> accepted values; null: may be left out
@@ -20,7 +20,7 @@ class Request:
     tools: tuple[Tool, ...]
     expected: ToolCall | None
     accept: tuple[Accepted, ...] = ()
-    reply: str | None = None  # what to answer, in training, where no call is right
+    reply: str | None = None  # the answer to train on if no call is right
 
     def to_json(self) -> dict[str, Any]:
         value: dict[str, Any] = {
@@ -40,7 +40,7 @@ class Request:
 
 
 def parse_request(value: Any, tools: tuple[Tool, ...], where: str) -> Request:
-    """The request that a line of a requests file holds; `tools` are those it gets if it names none.
+    """The request in a line of a requests file; `tools` are used if the line has none.
 
     Raises ValueError naming `where` and the field that breaks the format (data/requests/README.md).
     """

@@ -1,12 +1,12 @@
-"""Arguments that the model copies from the request; what has to be computed is computed from the copy.
+"""Arguments that the model copies from the request; values that need computing are computed from the copy.
 
-A parameter's schema says how, as "x-copy":
-- "span": it stands in the request
-- "path": so does it, or two spans with a slash between ("api.md in docs")
-- "text": a span, or words of the model's own
-- "regex": a span, whose special characters are escaped, or an expression of the model's own
+"x-copy" in a parameter's schema says what the model writes:
+- "span": a span of the request
+- "path": a span, or two spans joined by a slash ("api.md in docs")
+- "text": a span, or its own words
+- "regex": a span, whose special characters are then escaped, or its own expression
 - "milliseconds": `90 s`, `2 min` or `1 h`, or the number itself
-- "last:NAME": `to 164` is the last of those that begin at the argument NAME, or their number itself
+- "last:NAME", for a count from argument NAME on: the last one counted, as `to 164`, or the count itself
 Small models misspell, miscount and miscalculate; they copy well.
 """
 
@@ -18,13 +18,13 @@ OWN, COPY = ": ", " = "  # between an argument's name and its value
 SEPARATORS = {"span": (COPY,), "path": (COPY,), "text": (COPY, OWN), "regex": (COPY, OWN)}
 UNITS = {"h": 3_600_000, "min": 60_000, "s": 1000}
 FORMS = {"milliseconds": rf"[1-9][0-9]{{0,5}} ({'|'.join(UNITS)})", "last": "to [1-9][0-9]{0,6}"}
-_SPECIAL = re.compile(r"[\\^$*+?()\[\]{}|]")  # the dot matches itself
+_SPECIAL = re.compile(r"[\\^$*+?()\[\]{}|]")  # not the dot: unescaped, it matches itself too
 _ESCAPED = re.compile(rf"\\({_SPECIAL.pattern})")
 _WORDS = re.compile(r"\w+|\W")
 
 
 def copy_of(schema: Any) -> str:
-    """What its "x-copy" says, or nothing."""
+    """The schema's "x-copy", or an empty text."""
     return str(schema.get("x-copy", "")) if isinstance(schema, dict) else ""
 
 
@@ -33,12 +33,12 @@ def separators(schema: Any) -> tuple[str, ...]:
 
 
 def form_of(schema: Any) -> str | None:
-    """A regular expression for how a number may be written, the number itself apart."""
+    """A regular expression for what may be written instead of a number, or None."""
     return FORMS.get(copy_of(schema).partition(":")[0])
 
 
 def fault(schema: dict[str, Any], names: Sequence[str]) -> str | None:
-    """What is wrong with the "x-copy" of a parameter behind those called `names`, or None."""
+    """What is wrong with a parameter's "x-copy", or None; `names` are the parameters before it."""
     kind, others = schema["x-copy"], schema.keys() - {"x-copy", "type", "description", "title", "default", "examples"}
     if isinstance(kind, str) and kind in SEPARATORS:
         return None if schema.get("type") == "string" and not others else f"x-copy {kind} is for a string of any form"
@@ -52,16 +52,16 @@ def fault(schema: dict[str, Any], names: Sequence[str]) -> str | None:
 
 
 def words(text: str) -> list[str]:
-    """What a span of `text` consists of: whole words, and each other character."""
+    """The units that spans of `text` consist of: whole words, and single other characters."""
     return _WORDS.findall(text)
 
 
 def copied(schema: Any, value: Any, arguments: Mapping[str, Any], text: str) -> str | None:
-    """What of `text` is to be copied for `value`, or None where it is written as it is."""
+    """The copy from `text` to write for `value`, or None if `value` is written as it is."""
     kind = copy_of(schema)
     if kind in SEPARATORS:
         if not isinstance(value, str):
-            return None  # a client's history may hold what fits no schema
+            return None  # a client's history may hold values that do not fit the schema
         if kind in ("span", "path"):
             return value
         literal = _ESCAPED.sub(r"\1", value) if kind == "regex" else value
@@ -73,14 +73,17 @@ def copied(schema: Any, value: Any, arguments: Mapping[str, Any], text: str) -> 
         exact = [(value // ms, unit) for unit, ms in UNITS.items() if value % ms == 0]
         named = [found for found in exact if _stands(f"{found[0]}", text, rf"[\s-]?{found[1][0]}")]
         return " ".join(map(str, (named or exact)[0])) if exact else None
-    if kind.startswith("last:") and value > 1:  # of one line the number is no sum
-        last = arguments.get(kind.removeprefix("last:"), 0) + value - 1
+    if kind.startswith("last:") and value > 1:  # a count of 1 needs no arithmetic
+        begin = arguments.get(kind.removeprefix("last:"), 0)
+        if not isinstance(begin, int):
+            return None
+        last = begin + value - 1
         return f"to {last}" if last >= value and _stands(str(last), text) and not _stands(str(value), text) else None
     return None
 
 
 def can_be_said(schema: Any, value: Any, text: str) -> bool:
-    """Not where only a copy may be said, and `text` has no such."""
+    """Whether the grammar allows `value`: if it must be a copy, `text` has to contain it."""
     kind = copy_of(schema)
     if kind not in ("span", "path") or not isinstance(value, str) or _is_span(value, text):
         return True
@@ -89,7 +92,7 @@ def can_be_said(schema: Any, value: Any, text: str) -> bool:
 
 
 def restored(schema: Any, copy: str, arguments: Mapping[str, Any]) -> Any:
-    """The value for which `copied` gave `copy`, or None where it gave none such."""
+    """Inverse of `copied`: the value that `copy` stands for, or None if it is no such copy."""
     kind, form = copy_of(schema), form_of(schema)
     if kind in SEPARATORS:
         return _escape(copy) if kind == "regex" else copy
@@ -111,6 +114,6 @@ def _stands(number: str, text: str, unit: str = "") -> bool:
 
 
 def _is_span(part: str, text: str) -> bool:
-    """Is `part` made of neighbouring words of `text`?"""
+    """Whether `part` consists of consecutive words of `text`."""
     wanted, found = words(part), words(text)
     return bool(wanted) and any(found[at : at + len(wanted)] == wanted for at in range(len(found) - len(wanted) + 1))

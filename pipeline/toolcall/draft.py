@@ -1,7 +1,7 @@
-"""What a call is likely to say next, for the model to check in one step.
+"""Drafts of how a call goes on, for the model to check in one step.
 
-A path looks like one, and what is to be copied is often quoted: where an argument begins, that is the guess; where such
-a copy ends, that the next required argument or the end follows. A wrong guess costs time, never the reply.
+Paths can be recognized, and text to copy is often quoted. At the start of an argument the guess is such a piece of the
+request; after it, the next required argument or the end of the call. A wrong guess costs time, but changes no reply.
 """
 
 import re
@@ -22,21 +22,21 @@ _QUOTES = (
 )
 _QUOTED = re.compile("|".join(_QUOTES), re.DOTALL)
 _PATH = re.compile(
-    r"(?<![\w/.~\\=-])(?:~?\.{0,2}/)?[\w.@+\\/-]*[/.\\][\w@+-][\w.@+\\/-]*(?<![.])"  # src/app.py, README.md, ~/.ssh
-    r"|(?<![\w/])[\w.@+-]+/(?!\w)"  # lib/
+    r"(?<![\w/.~\\=@+-])(?:~?\.{0,2}/)?[\w.@+\\/-]*[/.\\][\w@+-][\w.@+\\/-]*(?<![.])"  # src/app.py, README.md, ~/.ssh
+    r"|(?<![\w/.@+-])[\w.@+-]+/(?!\w)"  # lib/
 )
-# No plain word: 1.4.9, tmpBuf, TODO
+# Not a plain word: 1.4.9, tmpBuf, TODO
 _CODE = re.compile(r"(?<!\S)(?=\S*(?:[\d_=(){}\[\]<>$:*\\]|[a-z][A-Z]|[A-Z]{2}))\S+")
 
 
 class Drafter:
-    """Of one request. `tokenizer`: as that of prompt.py; `end`: the token that ends a reply."""
+    """For one request, whose text is `text`. `tokenizer`: as in prompt.py; `end`: the token that ends a reply."""
 
     def __init__(self, tokenizer: Any, tools: Sequence[Tool], text: str, end: int) -> None:
         self._tokenizer, self._tools, self._text, self._end = tokenizer, tools, text, end
 
     def after(self, tokens: Sequence[int], limit: int) -> list[int]:
-        """At most `limit` tokens that may follow the reply's `tokens`; none where it is not at an argument to copy."""
+        """At most `limit` tokens that may follow the reply's `tokens`; none unless they end at an argument to copy."""
         written = str(self._tokenizer.decode(tokens))
         guessed, ends = written, False
         while len(guessed) < len(written) + 8 * limit and (more := self._next(guessed)) is not None:
@@ -51,7 +51,7 @@ class Drafter:
         return [*found[len(tokens) :], *([self._end] if ends else [])][:limit]
 
     def _next(self, written: str) -> str | None:
-        """The next piece of the call, nothing for its end, None where there is no guess."""
+        """The next piece of the call, an empty text for its end, None if there is no guess."""
         name, line, _ = written.removeprefix(OPENING).partition("\n")
         tool = find_tool(self._tools, name)
         if tool is None or not line:
@@ -70,7 +70,7 @@ class Drafter:
         return f" {copy}"[len(value) :] or self._following(tool, key, written)
 
     def _candidate(self, schema: Any, begun: str, before: str) -> str | None:
-        """What of the request may be copied for an argument that has `begun` so; not what was copied `before`."""
+        """What to copy for an argument that starts with `begun`, or None; nothing already copied in `before`."""
         kind = copies.copy_of(schema)
         candidates = self._paths if kind == "path" else self._texts if kind in copies.SEPARATORS else []
         return next((one for one in candidates if one.startswith(begun) and f"= {one}" not in before), None)
@@ -86,7 +86,7 @@ class Drafter:
 
     @cached_property
     def _texts(self) -> list[str]:
-        """What is quoted; else what looks like code."""
+        """Quoted texts; if there are none, words that look like code."""
         quoted = [next(filter(None, found.groups()), "") for found in _QUOTED.finditer(self._text)]
         code = [found[0].strip(",.:;?!") for found in _CODE.finditer(self._text)]
         return quoted or [text for text in code if text not in self._paths]
@@ -94,4 +94,4 @@ class Drafter:
     @cached_property
     def _paths(self) -> list[str]:
         found = [path[0] for path in _PATH.finditer(self._text)]
-        return [path for path in found if not path.replace(".", "").isdigit()]  # 1.4.9
+        return [path for path in found if not path.replace(".", "").isdigit()]  # not 1.4.9

@@ -1,7 +1,7 @@
-"""What a call may look like as a GBNF grammar, for llama.cpp and what else reads that form.
+"""The grammar of calls in GBNF, for llama.cpp and other programs that read it.
 
-Looser than grammar.py: a copied argument may be any text and a number of any size; what is written as JSON is any JSON.
-Text replies stay free.
+Looser than grammar.py: a copied argument may be any text, and of a JSON value only the type and the enum are enforced.
+Replies in text are not constrained.
 """
 
 import json
@@ -38,7 +38,7 @@ def gbnf(tools: Sequence[Tool]) -> str:
 
 
 def _call(number: int, tool: Tool) -> list[str]:
-    """A tool's rules. `after` an argument may come any later one up to the next that is required, or the end."""
+    """A tool's rules. After an argument comes any later one up to the next required one, or the end if none is."""
     properties = list(tool.parameters.get("properties", {}).items())
     required = tool.parameters.get("required", [])
     rules = [f"call-{number} ::= {json.dumps(tool.name)} after-{number}-0"]

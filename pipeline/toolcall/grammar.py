@@ -1,7 +1,7 @@
-"""What a call may look like, token by token, from the tools' JSON schemas (llguidance).
+"""The grammar of calls, which constrains each next token; made from the tools' JSON schemas (llguidance).
 
-Free text stays free: the grammar holds a reply only once it has begun with `<tool_call>`. What is copied (copies.py)
-can only be whole words of the request: small models misspell, and stop too soon.
+Replies in text are not constrained: the grammar applies once a reply has begun with `<tool_call>`. A copied value
+(copies.py) can only be whole words of the request: small models misspell, and stop too soon.
 """
 
 import json
@@ -36,22 +36,22 @@ class Grammar:
         self._tools, self._copies = tools, any(map(_copies_text, tools))
         self._fresh = LLMatcher(self._vocabulary, _lark(tools))
         self._last = "", self._fresh
-        # A tool's name may follow for certain, too, but not before the model has decided for a call.
+        # Without a tool's name, even if there is only one tool: the model has to decide for a call first.
         self.opening: list[int] = LLMatcher(self._vocabulary, _ANY_CALL).compute_ff_tokens()
 
     def opens(self, tokens: Sequence[int]) -> bool:
-        """Do they begin a call? In whichever way the marker is cut into tokens."""
+        """Whether `tokens` begin a call, however the marker is split into tokens."""
         return len(tokens) <= len(OPENING) and self._vocabulary.decode_bytes(list(tokens)).startswith(OPENING.encode())
 
     def start(self, text: str) -> "Guide":
-        """`text`: the request, of which copied arguments are spans."""
-        if self._copies and text != self._last[0]:  # alternatives to a reply start with the same text
+        """`text`: the request, which arguments are copied from."""
+        if self._copies and text != self._last[0]:  # candidates for one reply have the same text
             self._last = text, LLMatcher(self._vocabulary, _lark(self._tools, text))
         return Guide(self._last[1].deep_copy())
 
 
 class Guide:
-    """Follows one reply."""
+    """The state of the grammar within one reply."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
@@ -61,16 +61,16 @@ class Guide:
         return bool(self._matcher.is_stopped())
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """Raises RuntimeError where the grammar does not allow them: it never lets a call go on unheld."""
+        """Raises RuntimeError if the grammar does not allow `tokens`: no call goes on unconstrained."""
         if not self._matcher.consume_tokens(list(tokens)):
             raise RuntimeError(f"the grammar refused tokens {list(tokens)}: {self._matcher.get_error()}")
 
     def forced(self) -> list[int]:
-        """The tokens that come next whatever the model thinks."""
+        """The next tokens, for as long as the grammar allows only one."""
         return list(self._matcher.compute_ff_tokens())
 
     def best(self, logits: NDArray[np.float32]) -> tuple[int, bool]:
-        """The likeliest token that is allowed, and whether a likelier one is not. `logits`: (vocabulary,)."""
+        """The likeliest allowed token, and whether a likelier one is not allowed. `logits`: (vocabulary,)."""
         best = int(logits.argmax())
         if self._matcher.validate_tokens([best]) == 1:  # hundreds of times cheaper than a mask
             return best, False
@@ -83,9 +83,9 @@ class Guide:
 
 ANY = "/(?s:.*)/"
 TEXTS = (ANY, "SPAN", "PATH")
-_ANY_CALL = f'start: {json.dumps(OPENING)} ("A" | "b")'  # of any two names the beginnings differ
-# What llguidance cannot hold of a schema (uniqueItems, not, some formats, ...) it leaves out, as a tool's other
-# keywords beside its properties are: a call that breaks one is found by Tool.fault, and is none.
+_ANY_CALL = f'start: {json.dumps(OPENING)} ("A" | "b")'  # names that differ from the start: only the marker is forced
+# Ignored: keywords that llguidance cannot enforce (uniqueItems, not, some formats, ...), and a tool's keywords beside
+# its properties. Tool.fault finds calls that break one; they do not count as calls.
 JSON_OPTIONS = {
     "item_separator": ", ",
     "key_separator": ": ",
@@ -93,13 +93,13 @@ JSON_OPTIONS = {
     "lenient": True,
     "coerce_one_of": True,
 }
-_GRAMMAR_LINES = re.compile(r"\n *\d+ \|.*")  # of ours, around the fault, in llguidance's messages
+_GRAMMAR_LINES = re.compile(r"\n *\d+ \|.*")  # lines of the grammar that llguidance's messages quote
 ALTERNATIVES = ("allOf", "anyOf", "oneOf")
 DEFINITIONS = ("$defs", "definitions")
 
 
 def _elsewhere(parameters: dict[str, Any]) -> list[str]:
-    """Keywords of a tool's parameters that name arguments of which the grammar would not know."""
+    """Keywords of a tool's parameters that may name arguments unknown to the grammar."""
     parts = {key: [part for part in parameters.get(key, []) if isinstance(part, dict)] for key in ALTERNATIVES}
     found = [key for key, schemas in parts.items() if {"properties", "$ref"} & set().union(*schemas)]
     return [*found, *(["$ref"] if "$ref" in parameters else [])]
@@ -118,7 +118,7 @@ def _lark(tools: Sequence[Tool], text: str = "") -> str:
 
 
 def _call(number: int, tool: Tool) -> list[str]:
-    """A tool's rules. `after` an argument may come any later one up to the next that is required, or the end."""
+    """A tool's rules. After an argument comes any later one up to the next required one, or the end if none is."""
     properties = list(tool.parameters.get("properties", {}).items())
     required = tool.parameters.get("required", [])
     ways = [
@@ -126,7 +126,7 @@ def _call(number: int, tool: Tool) -> list[str]:
     ]
 
     def following(at: int) -> tuple[list[tuple[str, str]], bool]:
-        """Keys of the arguments that may come after the first `at`, with their rules, and whether the end may."""
+        """Keys of the arguments that may come after the first `at`, with their rules, and whether the call may end."""
         found: list[tuple[str, str]] = []
         for later in range(at, len(properties)):
             name = properties[later][0]
@@ -150,22 +150,22 @@ def _call(number: int, tool: Tool) -> list[str]:
 
 
 def _text(rule: str, text: str, keys: list[tuple[str, str]], ends: bool) -> list[str]:
-    """A text goes on until the name of a later argument begins a line: that name is part of its token, because the
-    lexer never goes back.
+    """A text ends at a line that begins with the name of a later argument. The name is part of the text's terminal,
+    because the lexer does not backtrack.
     """
     rules, ways = [], [text] if ends else []
     for way, (key, following) in enumerate(keys):
         if text == ANY:
             rules.append(f"{rule}_{way}[lazy]: /(?s:.*)\\n{_escaped(key)}/")
             ways.append(f"{rule}_{way} {following}")
-        else:  # llguidance: what is lazy is a rule, what is put together a terminal
+        else:  # in llguidance lazy regexes are rules, concatenations terminals
             rules.append(f"{rule.upper()}_{way}: {text} {_line(key)}")
             ways.append(f"{rule.upper()}_{way} {following}")
     return [*rules, f"{rule}: {' | '.join(ways)}"]
 
 
 def _escaped(key: str) -> str:
-    """Within a regular expression of Lark's, which ends with a slash."""
+    """For a regular expression in Lark, which ends with a slash."""
     return re.escape(key).replace("/", r"\/")
 
 
@@ -174,18 +174,37 @@ def _line(key: str) -> str:
 
 
 def _value(schema: Any, separator: str, tool: Tool) -> str:
-    """How a value after `separator` is held."""
+    """The grammar of a value after `separator`."""
     if not is_text(schema):
-        named = {key: tool.parameters[key] for key in DEFINITIONS if key in tool.parameters}
         wanted = {key: value for key, value in schema.items() if key != "x-copy"} if isinstance(schema, dict) else {}
-        rule = f"%json {json.dumps({**wanted, **named, 'x-guidance': JSON_OPTIONS})}"
+        if any(_references(part) for part in (wanted, *(tool.parameters.get(key) for key in DEFINITIONS))):
+            wanted = {**_within(wanted), "$defs": {"tool": _within(tool.parameters)}}
+        rule = f"%json {json.dumps({**wanted, 'x-guidance': JSON_OPTIONS})}"
         return f"({rule} | /{form}/)" if (form := copies.form_of(schema)) else rule
     if "enum" in schema or "const" in schema:
         allowed = [value for value in schema.get("enum", [schema.get("const")]) if isinstance(value, str)]
+        if not allowed:
+            raise ValueError(f"tool {tool.name}: no text fits {json.dumps(schema, ensure_ascii=False)}")
         return "(" + " | ".join(json.dumps(value, ensure_ascii=False) for value in allowed) + ")"
     if separator == copies.OWN:
         return ANY
     return "PATH" if copies.copy_of(schema) == "path" else "SPAN"
+
+
+def _references(schema: Any) -> bool:
+    """Whether anything in `schema` refers to another part of the tool's parameters."""
+    if isinstance(schema, dict):
+        return isinstance(schema.get("$ref"), str) or any(map(_references, schema.values()))
+    return isinstance(schema, list) and any(map(_references, schema))
+
+
+def _within(schema: Any) -> Any:
+    """`schema` with its references adjusted: the tool's parameters are now under `#/$defs/tool`."""
+    if isinstance(schema, dict):
+        to = schema.get("$ref")
+        here = {"$ref": f"#/$defs/tool{to[1:]}"} if isinstance(to, str) and to.startswith("#") else {}
+        return {**{key: _within(value) for key, value in schema.items()}, **here}
+    return [_within(value) for value in schema] if isinstance(schema, list) else schema
 
 
 def _copies_text(tool: Tool) -> bool:

@@ -44,7 +44,7 @@ def _pattern(value: Any, where: str, flags: int = 0) -> re.Pattern[str]:
 
 
 def keyword_call(text: str, rules: list[Rule], tools: Sequence[Tool]) -> ToolCall | None:
-    """The call of the first rule for one of `tools` whose words stand in `text`; no call where none does."""
+    """The call of the first rule for one of `tools` whose words occur in `text`, or None."""
     for rule in rules:
         if find_tool(tools, rule.tool) and rule.words.search(text):
             found = {name: pattern.search(text) for name, pattern in rule.arguments.items()}

@@ -1,4 +1,4 @@
-"""What a client sends - tools, texts - as the model knows it: in training as on the server."""
+"""Puts a client's tools and texts into the form that the model knows, in training as on the server."""
 
 import re
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ REMINDER, ITS_END = "<system-reminder>", "</system-reminder>"
 
 
 def offered(tools: Sequence[Tool], own: tuple[Tool, ...], wanted: str | None) -> tuple[Tool, ...]:
-    """`tools` in the form that the model was trained with, the known ones first and in its order.
+    """`tools` in the form that the model was trained with, the known ones first and in the order of `own`.
 
-    A tool that bears the name of one of `own`, and takes every call that fits it, is replaced by it: agents describe
-    their tools on pages, the model learnt a line of each. Of others the first line of the description is kept.
-    `wanted`: the only one to keep. Raises ValueError where it is not among them, or a schema is none.
+    A tool with the name of one in `own` is replaced by that one if it accepts all its calls: agents describe a tool in
+    pages, the model learnt a line. Other tools keep the first line of their description. `wanted`: the only tool to
+    keep. Raises ValueError if it is not among `tools`, or if a schema is invalid.
     """
     if not tools:
         return ()
@@ -28,7 +28,7 @@ def offered(tools: Sequence[Tool], own: tuple[Tool, ...], wanted: str | None) ->
 
 
 def _takes(theirs: Tool, mine: Tool) -> bool:
-    """Does every call that fits `mine` fit `theirs`, as far as names of arguments tell?"""
+    """Whether every call that fits `mine` fits `theirs`, judged by the names of the arguments."""
     required = set(theirs.parameters.get("required", []))
     names = set(theirs.parameters.get("properties", {}))
     return required <= set(mine.parameters.get("required", [])) and set(mine.parameters.get("properties", {})) <= names
@@ -40,8 +40,8 @@ def _short(tool: Tool) -> Tool:
 
 
 def visible(text: str, role: str = "user") -> str:
-    """Without what an agent adds to its user's words. In a tool's result the lines of a file as `12<tab>text`: agents
-    number them as `   12→text`, too.
+    """`text` without what an agent adds to its user's words. In a tool's result, numbered lines become
+    `12<tab>text`: some agents write `   12→text`.
     """
     if role == "tool":
         text = _LINE_NUMBER.sub("\\1\t", text)

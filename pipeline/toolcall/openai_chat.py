@@ -1,4 +1,4 @@
-"""Conversations as OpenAI's chat API has them - its fine-tuning files, and what agents log - as requests of ours."""
+"""Converts conversations of OpenAI's chat API (fine-tuning files, agents' logs) to this project's requests."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ from pipeline.toolcall.tool import Tool, ToolCall, parse_tools
 
 
 def is_openai(value: Any) -> bool:
-    """Does the answer stand at the end of the messages, where a request of ours has `expected`?"""
+    """Whether the last message is the answer; this project's requests have `expected` instead."""
     match value:
         case {"messages": [*_, {"role": "assistant"}]}:
             return "expected" not in value
@@ -18,11 +18,12 @@ def is_openai(value: Any) -> bool:
 
 
 def from_openai(value: dict[str, Any], own: tuple[Tool, ...], where: str) -> dict[str, Any]:
-    """A line of a requests file. The last message is the answer; system messages are left out: the prompt is ours.
+    """A line of a requests file, in our form. The last message is the answer; system messages are dropped: the prompt
+    is ours.
 
-    What the line brings - its tools, beside `own`, and texts - is put as the server puts it (offered.py).
-    Raises ValueError naming `where` for a turn of several calls, an answer of neither call nor text, what is no text
-    (an image), and tools that are none.
+    The line's tools, matched with `own`, and its texts take the same form as on the server (offered.py).
+    Raises ValueError naming `where` for a turn with several calls, an answer with neither call nor text, content that
+    is not text (an image), and invalid tools.
     """
     messages = value["messages"]
     if wrong := [message for message in messages if not isinstance(message, dict)]:
@@ -80,7 +81,7 @@ def _calls(message: dict[str, Any], where: str) -> list[ToolCall]:
 
 
 def _tool(value: Any) -> Any:
-    """As in a tools file; what is none is left for parse_tools to refuse."""
+    """As in a tools file; anything but a tool is left for parse_tools to refuse."""
     match value:
         case {"function": dict(tool)} | dict(tool):
             parameters = tool.get("parameters") or {"type": "object", "properties": {}}

@@ -1,8 +1,7 @@
-"""One way from a request to tokens, used by training, evaluation, benchmark and server alike.
+"""From a request to tokens, the same way for training, evaluation, benchmark and server.
 
-The form is ChatML. The prefix (system prompt with the tools) is the same for every request of an
-agent, so that its KV cache is computed once. Texts of users are encoded without special tokens:
-`<|im_end|>` in a request is text.
+The form is ChatML. The prefix (system prompt with the tools) is the same for every request of an agent, so its KV cache
+is computed once. Messages and tools are encoded without special tokens: `<|im_end|>` in a request is text.
 """
 
 import hashlib
@@ -20,16 +19,16 @@ START, END = "<|im_start|>", "<|im_end|>"
 
 _LINE_NUMBER = re.compile(r"^ *(\d+)[\t→]", re.MULTILINE)
 
-Tokenizer = Any  # a transformers tokenizer; this package imports nothing but the standard library
+Tokenizer = Any  # transformers' or toolcall/tokenizer.py's
 
 
 def system_prompt(tools: Sequence[Tool]) -> str:
-    """The tools alone: how to reply is learnt, and instructions besides made training slower and no better."""
+    """Only the tools: how to reply is learnt, and further instructions made training slower and no better."""
     return "Tools:\n" + "\n".join(f"- {signature(tool)}: {tool.description}" for tool in tools)
 
 
 def signature(tool: Tool) -> str:
-    """`Read(file_path, offset?: integer)`: ? marks what may be left out, and a text has no type: each costs tokens."""
+    """`Read(file_path, offset?: integer)`: ? marks an optional argument; texts have no type, to save tokens."""
     required = tool.parameters.get("required", [])
     parts = [
         f"{name}{'' if name in required else '?'}{_kind(schema)}"
@@ -59,14 +58,14 @@ def prefix_tokens(tokenizer: Tokenizer, tools: Sequence[Tool]) -> list[int]:
 
 
 def request_tokens(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
-    """What follows the prefix, up to where the reply begins; earlier calls in the form in which the model writes."""
+    """What follows the prefix, up to where the reply begins; earlier calls are in the model's form (compact.py)."""
     return [token for part, _ in request_parts(tokenizer, messages, tools) for token in part]
 
 
 def request_parts(
     tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool]
 ) -> Iterator[tuple[list[int], str]]:
-    """The same in pieces; what can be learnt of them is told: a `call` or a `text` of the assistant, with its end."""
+    """The same in pieces, each with what it teaches: `call` or `text` (of the assistant, with its end), or nothing."""
     for at, message in enumerate(messages):
         call = parse_call(message["content"]) if message["role"] == "assistant" else None
         text = compact.write(call, tools, request_text(messages[:at])) if call else message["content"]
@@ -78,7 +77,7 @@ def request_parts(
 
 
 def _learnable(call: ToolCall | None, text: str, tools: Sequence[Tool]) -> str:
-    """Nothing where an agent erred, or its log is broken: no such tool, arguments that do not fit, half a call."""
+    """Nothing if the agent erred or its log is broken: unknown tool, arguments that do not fit, half a call."""
     if call is None:
         return "text" if text.strip() and OPENING not in text else ""
     tool = find_tool(tools, call.name)
@@ -86,7 +85,7 @@ def _learnable(call: ToolCall | None, text: str, tools: Sequence[Tool]) -> str:
 
 
 def request_text(messages: Sequence[Message]) -> str:
-    """What arguments are copied from: of files that were read the lines, and behind all of them their numbers."""
+    """The text that arguments are copied from. Line numbers in a tool's result are moved behind all its lines."""
     parts = []
     for message in messages:
         numbers = _LINE_NUMBER.findall(message["content"]) if message["role"] == "tool" else []
@@ -98,7 +97,7 @@ def request_text(messages: Sequence[Message]) -> str:
 def reply_tokens(tokenizer: Tokenizer, request: Request) -> list[int]:
     """The right reply and the end token.
 
-    Raises ValueError where a request has neither call nor text, or its call would be read as another.
+    Raises ValueError if a request has neither call nor text, or its call would be read as a different one.
     """
     if request.expected:
         text = compact.write(request.expected, request.tools, request_text(request.messages))
@@ -112,7 +111,7 @@ def reply_tokens(tokenizer: Tokenizer, request: Request) -> list[int]:
 
 
 def form() -> str:
-    """A hash of how a conversation is written: a model reads no other form than the one that it was trained in."""
+    """A hash of the form of conversations: a model can only be used with the form it was trained on."""
     kinds: dict[str, Any] = {
         "path": {"type": "string", "x-copy": "path"},
         "text": {"type": "string", "x-copy": "text"},

@@ -1,4 +1,4 @@
-"""What the model writes: text, or `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`."""
+"""A reply: text, or `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`; the model writes compact.py's form."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Files of requests, a line each: in our form (data/requests/README.md) or as OpenAI's chat API has them."""
+"""Files with one request per line, in this project's form (data/requests/README.md) or OpenAI's chat form."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from pipeline.toolcall.tool import Tool
 def read_requests(path: Path, tools: tuple[Tool, ...], n: int | None = None) -> list[Request]:
     """All requests, or at most `n`, evenly spaced; `tools` are those of the tools file.
 
-    Raises ValueError naming file and line of a request that breaks the format or has a twin's id.
+    Raises ValueError naming file and line of a request that breaks the format or repeats an id.
     """
     requests: dict[str, Request] = {}
     for where, value in files.read_jsonl(path) if n is None else files.read_spread(path, n):

@@ -15,8 +15,8 @@ class Outcome(StrEnum):
     MALFORMED = "malformed"  # a call was begun that cannot be read or breaks its tool's schema
     WRONG_TOOL = "wrong_tool"
     WRONG_ARGUMENTS = "wrong_arguments"
-    CALLED = "called"  # where no call is right
-    SILENT = "silent"  # where a call is right
+    CALLED = "called"  # a call, although none is right
+    SILENT = "silent"  # no call, although one is right
 
 
 def outcome(

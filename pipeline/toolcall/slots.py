@@ -9,13 +9,13 @@ from typing import Any
 NAME = re.compile("[a-z_]+")
 SLOT = re.compile(rf"\{{\{{({NAME.pattern}(?:#\d+)?)(?:\.(\w+))?\}}\}}")
 
-_MEANT = re.compile(r'\{\{\w[^\s{}"]*\}\}')  # `{{ url }}` and `{{.Names}}` are texts
+_MEANT = re.compile(r'\{\{\w[^\s{}"]*\}\}')  # `{{ url }}` and `{{.Names}}` are text
 
 Record = str | dict[str, Any]
 
 
 def check_slots(value: Any, where: str) -> None:
-    """Raises ValueError naming what looks like a slot in the strings of `value`, and would be left there as text."""
+    """Raises ValueError naming what looks like a slot in a string of `value`, but would stay there as text."""
     for found in _MEANT.findall(json.dumps(value, ensure_ascii=False)):
         if not SLOT.fullmatch(found):
             raise ValueError(
@@ -25,14 +25,14 @@ def check_slots(value: Any, where: str) -> None:
 
 
 class Draw:
-    """One set of draws: the same slot within it is the same draw, also inside other slots."""
+    """One set of draws: in it a slot has the same value wherever it occurs, also inside other slots."""
 
     def __init__(self, slots: Mapping[str, Sequence[Record]], rng: random.Random, where: str) -> None:
         self._slots, self._rng, self._where = slots, rng, where
         self._drawn: dict[str, Record] = {}
 
     def fill(self, value: Any, within: str = "") -> Any:
-        """`value` with the slots of its strings filled; a string that is one slot takes its type."""
+        """`value` with the slots in its strings filled; a string that is just one slot takes the type of its value."""
         if isinstance(value, dict):
             return {key: self.fill(inner, within) for key, inner in value.items()}
         if isinstance(value, list):
@@ -61,9 +61,9 @@ class Draw:
         return self.fill(record[field], within)
 
     def _draw(self, name: str) -> Record:
-        """Not one that was drawn before, while others are left: of two the request tells which is meant.
+        """A record not drawn before, while any is left: two equal ones in a request could not be told apart.
 
-        One with slots may come again, for its own draws differ: a line that stands there twice weighs twice.
+        A record with slots may be drawn again, because its own draws differ. A repeated record weighs more.
         """
         taken = [record for drawn_as, record in self._drawn.items() if drawn_as.partition("#")[0] == name]
         used = [record for record in taken if not SLOT.search(json.dumps(record))]

@@ -1,4 +1,4 @@
-"""A model folder's tokenizer, without transformers: its import takes seconds and hundreds of megabytes."""
+"""A model folder's tokenizer, without transformers, whose import takes seconds and hundreds of megabytes."""
 
 import threading
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from pipeline import files
 
 
 class Tokenizer:
-    """What of transformers' fast tokenizers is used here, with the same results."""
+    """The part of transformers' fast tokenizers that is used here, with the same results."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises FileNotFoundError where `folder` has no tokenizer.json."""
+        """Raises FileNotFoundError if `folder` has no tokenizer.json."""
         self._file = str(folder / "tokenizer.json")
         if not Path(self._file).exists():
             raise FileNotFoundError(f"{folder} holds no tokenizer.json: only fast tokenizers can be used")
         self._tokenizer = tokenizers.Tokenizer.from_file(self._file)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._lock = threading.Lock()  # encoding is set up for each text, and the server encodes on several threads
+        self._lock = threading.Lock()  # `encode` sets an option, and the server encodes on several threads
         eos = files.read_json(folder / "tokenizer_config.json")["eos_token"]
         self.eos_token_id: int = self._tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos)
 
@@ -31,7 +31,7 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, add_special_tokens: bool = False, split_special_tokens: bool = False) -> list[int]:
-        """`split_special_tokens`: text that looks like a special token is text."""
+        """`split_special_tokens`: encode what looks like a special token as text."""
         with self._lock:
             self._tokenizer.encode_special_tokens = split_special_tokens
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -41,17 +41,17 @@ class Tokenizer:
 
     @cached_property
     def vocabulary(self) -> LLTokenizer:
-        """For grammars. Making it takes a moment."""
-        # Without the slices that make masks of any text faster: few are made here, and they take 16 MB.
+        """For grammars; takes a moment to make."""
+        # Slices would speed up masks that allow any text, but few are made here, and slices take 16 MB.
         options = {"n_vocab": len(self), "eos_token": self.eos_token_id, "slices": []}
         own = LLTokenizer(self._tokenizer.to_str(), **options)
-        # It holds a tokenizer like this one, of 10 MB: it gives the bytes of each token, and goes.
-        # Of a copy, which has no vocabulary: a circle through Rust would never be freed.
+        # `own` holds a second tokenizer, of 10 MB. It is needed only for the bytes of each token, then freed.
+        # The wrapper gets a copy of `self`, which has no vocabulary: a cycle through Rust would never be freed.
         return LLTokenizer(TokenizerWrapper(_Encoder(copy(self), own)), **options)
 
 
 class _Encoder:
-    """What a TokenizerWrapper asks for."""
+    """The interface that TokenizerWrapper needs."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: LLTokenizer) -> None:
         self._tokenizer = tokenizer

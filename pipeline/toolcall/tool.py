@@ -1,12 +1,15 @@
-"""Tools on offer, as data: a name, one line, and a JSON schema of the arguments."""
+"""Tools on offer, as data: a name, a description of one line, and a JSON schema of the arguments."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import jsonschema
+import referencing
+from jsonschema.validators import extend
 
 from pipeline.toolcall import copies
 
@@ -24,8 +27,14 @@ class Tool:
     parameters: dict[str, Any]  # a JSON schema of type object
 
     def fault(self, arguments: dict[str, Any]) -> str | None:
-        """What keeps `arguments` from fitting the schema, or None where they fit."""
-        error = next(iter(_validator(json.dumps(self.parameters)).iter_errors(arguments)), None)
+        """Why `arguments` do not fit the schema, or None if they do.
+
+        Raises ValueError if the schema refers to something that is not in it, or to itself without end.
+        """
+        try:
+            error = next(iter(_validator(json.dumps(self.parameters)).iter_errors(arguments)), None)
+        except (referencing.exceptions.Unresolvable, RecursionError) as fault:
+            raise ValueError(f"tool {self.name}: its parameters refer to nothing, or to themselves: {fault}") from fault
         return None if error is None else f"{error.json_path}: {error.message}"
 
     def to_json(self) -> dict[str, Any]:
@@ -37,13 +46,13 @@ class Tool:
 
 
 def parse_tools(value: Any, where: str) -> tuple[Tool, ...]:
-    """Raises ValueError naming `where` and the tool that has no name, or no JSON schema, or a twin."""
+    """Raises ValueError naming `where` and the tool without a name or a valid JSON schema, or with another's name."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where}: expected a list of at least one tool, got {str(value)[:80]!r}")
     tools = tuple(_parse_tool(tool, f"{where}: tool {at}") for at, tool in enumerate(value, 1))
-    names = [tool.name for tool in tools]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{where}: tools named twice: {sorted(twice)}")
+    names = Counter(tool.name for tool in tools)
+    if len(names) < len(tools):
+        raise ValueError(f"{where}: tools named twice: {sorted(name for name, n in names.items() if n > 1)}")
     return tools
 
 
@@ -68,13 +77,43 @@ def _parse_tool(value: Any, where: str) -> Tool:
     return Tool(name, description, parameters)
 
 
-# Thousands of requests bring the same tools with them, and to check a schema takes milliseconds; clients bring others.
-@lru_cache(1024)
-def _validator(schema: str) -> jsonschema.Draft202012Validator:
-    """Raises jsonschema's SchemaError where `schema` is none."""
+def _unchecked(*_: Any) -> tuple[()]:
+    return ()
+
+
+def _other_properties(validator: Any, wanted: Any, arguments: Any, schema: dict[str, Any]) -> Iterator[Any]:
+    if "patternProperties" not in schema:
+        yield from jsonschema.Draft202012Validator.VALIDATORS["additionalProperties"](
+            validator, wanted, arguments, schema
+        )
+
+
+# A client's schema must not hold up the server: Python's regular expressions can take hours for one line. The grammar
+# enforces `pattern` in replies, in linear time.
+_Validator = extend(  # type: ignore[no-untyped-call]
+    jsonschema.Draft202012Validator,
+    {
+        **dict.fromkeys(("pattern", "patternProperties", "unevaluatedProperties"), _unchecked),
+        "additionalProperties": _other_properties,
+    },
+)
+_SHORT = 20_000  # characters of a schema whose validator is cached
+
+
+def _validator(schema: str) -> Any:
+    """Cached, because a check takes milliseconds and thousands of requests bring the same tools; not for long schemas,
+    which would fill the memory. Raises jsonschema's SchemaError if `schema` is invalid.
+    """
+    return _kept_validator(schema) if len(schema) <= _SHORT else _new_validator(schema)
+
+
+def _new_validator(schema: str) -> Any:
     found = json.loads(schema)
     jsonschema.Draft202012Validator.check_schema(found)
-    return jsonschema.Draft202012Validator(found)
+    return _Validator(found, registry=referencing.Registry())  # fetches no URL that a schema refers to
+
+
+_kept_validator = lru_cache(512)(_new_validator)
 
 
 def find_tool(tools: Sequence[Tool], name: str) -> Tool | None:

@@ -7,12 +7,13 @@ import pytest
 from pipeline.bench.against import Read, changes, of_folder, of_revision
 
 
-def run_of(exact: int, p50_s: float, model_bytes: int, cpu: str = "X") -> Read:
+def run_of(exact: int, p50_s: float, model_bytes: int, cpu: str = "X", asked: str = "") -> Read:
     replies: list[dict[str, str | bool]] = [
-        {"id": str(n), "outcome": "exact" if n < exact else "silent"} for n in range(100)
+        {"id": str(n), "request": f"{asked}{n}", "outcome": "exact" if n < exact else "silent"} for n in range(100)
     ]
-    replies += [{"id": f"later {exact} {n}", "outcome": "exact", "apart": True} for n in range(9)]
-    replies += [{"id": f"later {n}", "outcome": "exact" if exact > 50 else "silent", "apart": True} for n in range(9)]
+    replies += [{"id": f"later {exact} {n}", "request": "", "outcome": "exact", "apart": True} for n in range(9)]
+    outcome = "exact" if exact > 50 else "silent"
+    replies += [{"id": f"later {n}", "request": "", "outcome": outcome, "apart": True} for n in range(9)]
     machine = {"provenance": {"machine": {"cpu": cpu}}}
     texts = {
         "evaluate/int8.replies.jsonl": "\n".join(map(json.dumps, replies)),
@@ -38,6 +39,8 @@ def test_changes_beyond_noise_are_told_from_the_others() -> None:
     assert table["exact calls"]["beyond noise"].startswith("yes")
     assert table["p50"]["beyond noise"] == "another machine"
     assert table["bytes"]["change"] == "-100"
+    table = by_measure(run_of(50, 0.1, 1000), run_of(60, 0.1, 1000, asked="other words "), ["int8"], 0.05)
+    assert table["exact calls"]["beyond noise"] == "no request in common"  # under the same ids
 
 
 def test_a_revision_is_read_from_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

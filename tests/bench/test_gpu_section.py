@@ -16,6 +16,7 @@ def evaluated() -> dict[str, Any]:
         "exact_call_ci95": [0.68, 0.76],
         "same_reply_fraction_vs_cpu": 0.995,
         "withheld": False,
+        "provenance": {"inputs_sha256": {"requests": "r", "model": "m"}},
     }
 
 
@@ -28,7 +29,8 @@ def measured(p50_s: float, gpu: str = "NVIDIA H200") -> dict[str, Any]:
         "gpu_power_w": None,
         "bandwidth_fraction": 0.01,
         "provenance": {
-            "settings_sha256": "0", "machine": {"gpu": {"name": gpu, "driver": "580.1", **clocks}}
+            "settings_sha256": "0", "machine": {"gpu": {"name": gpu, "driver": "580.1", **clocks}},
+            "inputs_sha256": {"requests": "r", "model": "m"},
         },
     }  # fmt: skip
 
@@ -67,26 +69,24 @@ def test_section_has_the_variants_and_names_the_gpu(tmp_path: Path) -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     int8 = {row[0]: row[rows[0].index("int8")] for row in rows[2:]}  # after heading and rule
     assert int8 == {
-        "exact calls": "72.0% (68.0% to 76.0%)", "replies as on the CPU": "99.5%", "p50 ms": "25.0",
+        "exact calls": "72.0% (68.0% to 76.0%)", "same reply as CPU": "99.5%", "p50 ms": "25.0",
         "p95 ms": "50.0", "p99 ms": "75.0", "faster": "4.00x", "calls/s at 1": "40.0", "calls/s at 20": "80.0",
-        "MB on disk": "500", "GPU peak MB": "2000", "GPU busy": "50%", "W": "", "of the memory's bandwidth": "1.0%",
-        "USD per million tokens": "0.250", "USD per 1,000 correct calls": "0.0125",
+        "MB on disk": "500", "GPU peak MB": "2000", "GPU busy": "50%", "W": "", "memory bandwidth used": "1.0%",
+        "USD per million tokens": "0.250", "USD per 1,000 exact calls": "0.0125",
     }  # fmt: skip
     assert rows[-1][rows[0].index("torch-fp32")] == ""  # never right here
     assert how.startswith("NVIDIA H200, driver 580.1, clocks up to 1980 MHz (memory 3201 MHz).")
     assert price == (
-        "Price: g at 5.0 USD an hour (P, 2026-10: a list). Break-even of its fastest variant (p50), int4, with int8 on "
-        "box at 2.0 USD an hour: one g costs less above 20,000 calls a day, which need 3 box or more; it answers up to "
-        "90,000. Every machine is rented all day and busy 50% of it; calls count alike, right or wrong."
+        "Price: g at 5.0 USD per hour (P, 2026-10: a list). Break-even of its fastest variant (p50), int4, vs int8 on "
+        "box at 2.0 USD per hour: one g costs less above 20,000 calls/day, where 3 or more box are needed; it answers "
+        "up to 90,000. Every machine is rented all day and busy 50% of it; all calls count, exact or not."
     )
 
 
 def test_section_says_where_a_gpu_machine_never_costs_less(tmp_path: Path) -> None:
     write(tmp_path, int4=measured(0.1))
     *_, price = gpu_section.markdown(gpu_section.read(tmp_path), cost(calls_per_day=None), "int8")
-    never = (
-        "one g never costs less: for all the 90,000 calls a day that it answers, 2 box are enough, 4.00 USD an hour."
-    )
+    never = "one g never costs less: 2 box are enough for all 90,000 calls/day it can answer, at 4.00 USD per hour."
     assert never in price
 
 
@@ -102,6 +102,21 @@ def test_variants_of_two_gpus_are_refused(tmp_path: Path) -> None:
     write(tmp_path, int8=measured(0.1), int4=measured(0.1, "NVIDIA L4"))
     with pytest.raises(ValueError, match=r"benchmark/cuda is of different runs \(settings or GPUs\): int8, int4"):
         gpu_section.read(tmp_path)
+
+
+def test_a_variant_timed_as_another_model_than_it_was_scored_as_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, int8=measured(0.1))
+    found = measured(0.1)
+    found["provenance"]["inputs_sha256"]["model"] = "of before"
+    files.write_json(tmp_path / "benchmark/cuda/int8.json", found)
+    with pytest.raises(ValueError, match=r"cuda/int8\.json is of another model than .*evaluate/cuda/int8\.json"):
+        gpu_section.read(tmp_path)
+
+
+def test_a_variant_that_was_scored_and_not_timed_is_named(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "evaluate/cuda/int8.json", evaluated())
+    said = gpu_section.markdown(gpu_section.read(tmp_path), {}, "int8")
+    assert said == ["## On a GPU", "Not measured: int8; dvc repro pipeline/cuda/dvc.yaml says why."]
 
 
 def test_other_sizes_are_called_what_they_are(tmp_path: Path) -> None:
@@ -120,12 +135,12 @@ def test_other_sizes_are_called_what_they_are(tmp_path: Path) -> None:
     }
     files.write_json(tmp_path / "benchmark/cuda/speed/phi-4-mini.json", shape)
     title, name, table, how = gpu_section.markdown(gpu_section.read(tmp_path), {}, "int8")
-    assert how == "PyTorch answers one request at a time, whatever the number of clients."
+    assert how == "PyTorch answers one request at a time, regardless of the number of clients."
     assert (
-        "on g at 5.0 USD an hour, busy 50% of it."
+        "on g at 5.0 USD per hour, busy 50% of it."
         in gpu_section.markdown(gpu_section.read(tmp_path), cost(), "int8")[-1]
     )
-    assert title == "## Other sizes on a GPU: speed only, random weights"
+    assert title == "## Other model sizes on a GPU: speed only, random weights"
     assert name == "phi-4-mini (`https://example.org`), on NVIDIA H200:"
     assert "1.00x" in table
     assert "calls/s at 20" in table
@@ -146,9 +161,10 @@ def test_a_variant_below_the_gate_shows_its_share_alone(tmp_path: Path) -> None:
     files.write_json(tmp_path / "evaluate/cuda/int4.json", gate | {"withheld": True})
     found = gpu_section.read(tmp_path)
     assert list(found["benchmark"]) == ["int8"]
-    said = "Withheld: on NVIDIA H200, int4 gives the CPU's reply on 42.4% of the requests, where 99.0% are asked for."
+    said = "Withheld: on NVIDIA H200, int4 gives the CPU's reply on 42.4% of the requests; 99.0% are required."
     priced = cost()
     priced["gpu_break_even"]["variants"] = {"int8": priced["gpu_break_even"]["variants"]["int4"]}
     assert gpu_section.markdown(found, priced, "int8")[-1] == said
     (tmp_path / "benchmark/cuda/int8.json").unlink()
+    (tmp_path / "evaluate/cuda/int8.json").unlink()
     assert gpu_section.markdown(gpu_section.read(tmp_path), {}, "int8") == ["## On a GPU", said]

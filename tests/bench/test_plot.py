@@ -14,7 +14,7 @@ def measured(p50_s: float) -> dict[str, Any]:
 def test_latency_says_in_its_title_what_was_measured(tmp_path: Path) -> None:
     words = plot.latency({"torch-fp32": measured(0.9), "int8": measured(0.042)}, "int8", tmp_path / "latency.png")
     assert words == (
-        "int8 answers in 42 ms, torch-fp32 in 900 ms. p50, p95 and p99 of a call in ms: "
+        "p50 of a call: int8 42 ms, torch-fp32 900 ms. p50, p95 and p99 in ms: "
         "torch-fp32 900, 1,800, 2,700; int8 42, 84, 126."
     )
     assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
@@ -24,7 +24,7 @@ def test_a_faster_peer_is_in_the_title(tmp_path: Path) -> None:
     ours, theirs = (measured(p50_s) | {"exact_call_fraction": 0.8} for p50_s in (0.1, 0.05))
     report = {"ours": {"int8": ours}, "peers": {"llama.cpp": theirs}}
     words = side_by_side.plot(report, tmp_path / "peers.png")
-    assert words.startswith("int8 answers in 100 ms, the fastest other runtime, llama.cpp, in 50. ")
+    assert words.startswith("p50 of a call: int8 100 ms; fastest other runtime (llama.cpp) 50 ms. ")
 
 
 def test_each_variant_has_a_colour_and_a_mark_of_its_own() -> None:

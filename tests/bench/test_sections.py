@@ -21,12 +21,12 @@ def sweep(*rows: dict[str, Any]) -> str:
 def test_a_sweep_names_the_commits_and_machines_of_its_trials() -> None:
     failed = {"error": "quantize: no", "commit": None, "machine": None}
     said = sweep({"commit": "2" * 40, "machine": "EPYC"}, {"commit": "1" * 40, "machine": "EPYC"}, failed)
-    assert "at commit 1111111, 2222222 on EPYC, whose weights may not be today's." in said
+    assert "at commit 1111111, 2222222 on EPYC, whose weights may differ from today's." in said
     assert "under 10% are noise" in said
 
 
 def test_a_sweep_from_before_commits_were_recorded_says_so() -> None:
-    assert "at an earlier, unrecorded commit, whose weights may not be today's." in sweep({})
+    assert "at an earlier, unrecorded commit, whose weights may differ from today's." in sweep({})
     assert "at an earlier, unrecorded commit, whose" in sweep({"commit": None, "machine": None})
 
 
@@ -38,8 +38,7 @@ def test_other_runtimes_are_shown_with_how_little_few_requests_tell_and_outside_
     report = {"ours": {"int8": row}, "peers": {"b": row | {"exact_call_fraction": 1.0}}, "requests": 20}
     # Wilson's of 10 of 20: 1.96 / (1 + 3.84/20) * sqrt(0.25/20 + 3.84/1600) = 0.2007 to either side; of 20 of 20 less
     assert side_by_side.requests(report) == (
-        "20 test requests (one is 5.0 points of exact calls, whose 95% intervals, Wilson's, reach up to 20 points to "
-        "either side)"
+        "20 test requests (each is 5.0 points of exact calls; 95% Wilson intervals are up to 20 points to either side)"
     )
     found = {"benchmark": {}, "peers": report | {"provenance": {"commit": None}}}
     pictures = dict.fromkeys(("latency", "throughput", "peers"), "")
@@ -64,10 +63,10 @@ def test_requests_later_in_a_conversation_have_a_table_of_their_own() -> None:
     part |= {"right_tool_fraction": 0.9, "must_call_fraction": 1.0, "abstain_fraction": None, "by_category": {}}
     found = {"evaluate": {"base": {}, "fused-fp32": {"later": part}, "int8": {"later": part | {KEY: 0.5}}}}
     said = "\n".join(sections.later(found))
-    assert "105 requests that come after calls and their results" in said
-    assert "In the figures above are none of them." in said
+    assert "105 requests that follow calls and their results" in said
+    assert "The figures above include none of them." in said
     own = sections.later({"evaluate": {"fused-fp32": {"later": part | {"apart": 5}}}})
-    assert "In the figures above are 100 of them." in "\n".join(own)
+    assert "The figures above include 100 of them." in "\n".join(own)
     assert "80.0% (70.0% to 90.0%) | 90.0%        | 100.0%" in said
     assert "0.500" in said
     assert "base" not in said
@@ -82,7 +81,7 @@ def test_the_next_call_of_a_conversation_is_shown_with_and_without_what_is_kept(
     row |= {"mean_new_tokens": 1.0, "load_s": 1.0, "by_concurrency": []}
     found = {"benchmark": {"torch-fp32": row | {"later": part}, "fused-fp32": row | {"later": kept}}, "peers": None}
     said = "\n".join(sections.speed(found, dict.fromkeys(("latency", "throughput"), "")))
-    assert "28 of the requests that come later in a conversation, 120 tokens each" in said
+    assert "28 of the requests later in a conversation, 120 tokens on average" in said
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
     assert ["torch-fp32", "", "", "200", "300", ""] in rows
     assert ["fused-fp32", "100", "150", "200", "300", "96%"] in rows

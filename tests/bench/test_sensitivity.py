@@ -24,11 +24,11 @@ def test_paragraphs_name_what_stays_finer_and_what_was_measured(tmp_path: Path) 
     words = sensitivity.all_plots(found, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"sensitivity-int8.png", "sensitivity-int4.png"}
     assert words["sensitivity-int4"].startswith(
-        "int4: layers.1.mlp.down_proj bears it worst; 1 of 3 products stay finer."
+        "int4: layers.1.mlp.down_proj is most sensitive; 1 of 3 products keep more bits."
     )
     text = "\n".join(sensitivity.markdown(found, words))
-    assert "(KL divergence), for a million weights; median 200. In 8 bits: layers.1.mlp.down_proj (437)." in text
-    assert "must cover; median 812.4. With inputs in floats: none." in text
+    assert "of a nat per token and million weights; median 200. Kept in 8 bits: layers.1.mlp.down_proj (437)." in text
+    assert "covers all); median 812.4. Kept weight-only (float inputs): none." in text
 
 
 def test_nothing_is_said_where_no_product_was_compared(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_of_many_products_the_first_are_named_and_the_others_counted(tmp_path: P
 def test_products_that_lose_nothing_are_counted_for_a_log_scale_cannot_show_them(tmp_path: Path) -> None:
     products = [*INT4["sensitivity"], {"name": "layers.0.attn.o_proj", "sensitivity": 0.0, "finer": False}]
     words = sensitivity.all_plots({"int4": INT4 | {"sensitivity": products}}, tmp_path)["sensitivity-int4"]
-    assert words.endswith("(437). 1 lose nothing, being on the grid of these bits already, and have no mark.")
+    assert words.endswith("(437). 1 without loss (weights already on this grid) have no mark.")
 
 
 def test_a_product_without_a_layer_is_refused() -> None:

@@ -14,7 +14,7 @@ from pipeline.serving.engine import NICE, Asked, Engine, Piece, Said, fit, in_tu
 from pipeline.toolcall.conversation import Message
 from pipeline.toolcall.reply import parse_call, write_call
 from pipeline.toolcall.tokenizer import Tokenizer
-from pipeline.toolcall.tool import ToolCall
+from pipeline.toolcall.tool import Tool, ToolCall
 from tests.serving.conftest import TOOLS, ScriptedRuntime
 
 
@@ -145,6 +145,13 @@ def test_too_long_last_words_are_refused_unread(counting: ToolCaller) -> None:
     with pytest.raises(TooLongError, match=r"4000000 characters and a reply of 200 tokens .* 2016 tokens"):
         fitted(counting, [user("word " * 800_000)])
     assert counted(counting) < 10_000
+
+
+def test_too_many_tools_are_refused_unread(counting: ToolCaller) -> None:
+    tools = tuple(Tool(f"T{number}", "word " * 100, {"type": "object"}) for number in range(1000))
+    with pytest.raises(TooLongError, match=r"tools of 5\d{5} characters do not fit the context of 2016 tokens"):
+        fit(counting, Asked((user("x"),), tools, Choice.AUTO, 200, stream=False), tools, 400)
+    assert counted(counting) == 0
 
 
 def test_as_much_as_fits_is_kept(counting: ToolCaller) -> None:

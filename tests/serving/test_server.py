@@ -79,6 +79,7 @@ def test_without_tools_there_is_no_call(serve: Serve) -> None:
         (json.dumps(ASK | {"max_tokens": 0}).encode(), "max_tokens: Input should be greater"),
         (json.dumps(ASK | {"messages": [{"role": "assistant", "content": "a"}]}).encode(), "must end with"),
         (json.dumps(ASK | {"tool_choice": {"type": "tool", "name": "Nope"}}).encode(), "no tool 'Nope' among"),
+        (json.dumps(ASK | {"tools": [], "tool_choice": {"type": "any"}}).encode(), "but there are no tools"),
         (json.dumps(ASK | {"tools": [READ, READ]}).encode(), "named twice"),
         (json.dumps(ASK | {"tools": [{"name": "X", "input_schema": {"type": 3}}]}).encode(), "no JSON schema"),
         (json.dumps(ASK | {"messages": [{"role": "user", "content": [{"type": "image"}]}]}).encode(), "image"),

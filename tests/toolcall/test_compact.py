@@ -21,7 +21,6 @@ PROPERTIES: dict[str, Any] = {
 }
 TOOL = Tool("Put", "Put.", {"type": "object", "properties": PROPERTIES, "required": ["path"]})
 VALUES = {
-    "path": st.text(),
     "text": st.text(),
     "count": st.integers(),
     "all": st.booleans(),
@@ -30,7 +29,7 @@ VALUES = {
 }
 
 
-@given(st.fixed_dictionaries({}, optional=VALUES))
+@given(st.fixed_dictionaries({"path": st.text()}, optional=VALUES))
 def test_call_is_read_as_it_was_written(arguments: dict[str, Any]) -> None:
     call = ToolCall("Put", arguments)
     assert read(write(call, [TOOL]), [TOOL]) == call
@@ -54,6 +53,21 @@ def test_value_that_looks_like_the_next_argument_is_not_trained_on(tiny_base: Pa
     request = Request("r1", "Put", messages, (TOOL,), ToolCall("Put", {"path": "a\ncount: 3"}))
     with pytest.raises(ValueError, match="request r1: a value of its call looks like the next argument"):
         reply_tokens(Tokenizer(tiny_base), request)
+
+
+def test_a_line_that_looks_like_an_argument_behind_the_next_required_one_is_text() -> None:
+    properties = {name: {"type": "string"} for name in ("old", "new", "mode")}
+    tool = Tool("Put", "", {"type": "object", "properties": properties, "required": ["old", "new"]})
+    found = read("<tool_call>Put\nold: a: 1\nmode: fast\nnew: b\nmode: slow", [tool])
+    assert found == ToolCall("Put", {"old": "a: 1\nmode: fast", "new": "b", "mode": "slow"})
+
+
+@pytest.mark.parametrize("written", ["1e999", "-1e999", "NaN", "9" * 5000])
+def test_a_number_that_python_cannot_hold_stays_as_it_is_written(written: str) -> None:
+    tool = Tool("T", "", {"type": "object", "properties": {"n": {"type": "number"}}})
+    found = read(f"<tool_call>T\nn: {written}", [tool])
+    assert found == ToolCall("T", {"n": written})
+    assert tool.fault(found.arguments)
 
 
 def test_value_of_another_kind_is_read_and_does_not_fit() -> None:

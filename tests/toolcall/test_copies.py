@@ -137,3 +137,9 @@ def test_value_of_another_type_is_no_copy(kind: str, value: object) -> None:
 )
 def test_what_is_always_a_copy_can_be_said_only_where_it_stands(kind: str, value: str, can: bool) -> None:
     assert can_be_said({"type": "string", "x-copy": kind}, value, "put the budget into api.md in docs") is can
+
+
+@pytest.mark.parametrize("begin", ["10", None, [10], {"a": 1}])
+def test_a_line_to_count_from_that_is_no_number_is_no_copy(begin: object) -> None:
+    """Larger models write numbers as texts now and then, and every later turn of the conversation carries that call."""
+    assert copied({"x-copy": "last:offset"}, 5, {"offset": begin}, "lines 10 to 14") is None

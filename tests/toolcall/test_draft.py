@@ -1,5 +1,6 @@
 """What is guessed of a call from how its request looks."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,14 @@ def test_guess_follows_what_the_request_looks_like(
     guessed = Drafter(tokenizer, TOOLS, request_text, end).after(tokens, 100)
     found = tokenizer.decode([token for token in guessed if token != end]) + ("<end>" if end in guessed else "")
     assert found == expected
+
+
+@pytest.mark.parametrize("run", ["-", "+", ".", "a@", "a/", "~/"])
+def test_a_long_run_of_anything_takes_no_time(tokenizer: Tokenizer, run: str) -> None:
+    """Dashes took the square of their number: 20,000, which are 300 tokens, half a second."""
+    start = time.perf_counter()
+    Drafter(tokenizer, TOOLS, "read a.py " + run * 50_000, 0).after(tokenizer.encode("<tool_call>Read\nfile_path ="), 3)
+    assert time.perf_counter() - start < 2
 
 
 def test_guess_is_no_longer_than_allowed(tokenizer: Tokenizer) -> None:

@@ -101,6 +101,43 @@ def test_schemas_of_common_libraries_make_a_grammar(tiny_base: Path, schema: dic
 
 
 @pytest.mark.parametrize(
+    ("arguments", "allowed"),
+    [
+        ({"name": "a", "children": [{"name": "b", "children": []}]}, True),
+        ({"name": "a", "children": [[]]}, False),
+        ({"name": "a", "same": "b"}, True),
+        ({"name": "a", "same": 1}, False),
+        ({"name": "a", "node": {"next": {"next": {}}}}, True),
+        ({"name": "a", "node": {"next": 1}}, False),
+    ],
+)
+def test_references_are_to_the_tool_s_own_parameters(tiny_base: Path, arguments: dict[str, Any], allowed: bool) -> None:
+    """They were looked for within the argument that holds them."""
+    parameters = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string"},
+            "children": {"type": "array", "items": {"$ref": "#"}},
+            "same": {"$ref": "#/properties/name"},
+            "node": {"$ref": "#/$defs/node"},
+        },
+        "required": ["name"],
+        "additionalProperties": False,
+        "$defs": {
+            "node": {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}, "additionalProperties": False}
+        },
+    }
+    tools = parse_tools([{"name": "Do", "parameters": parameters}], "tools.json")
+    assert allows(Tokenizer(tiny_base), ToolCall("Do", arguments), tools) is allowed
+
+
+def test_an_argument_that_no_text_fits_is_refused(tiny_base: Path) -> None:
+    odd = {"type": "object", "properties": {"a": {"type": "string", "enum": [1]}}}
+    with pytest.raises(ValueError, match=r'tool Do: no text fits \{"type": "string", "enum": \[1\]\}'):
+        Grammar(Tokenizer(tiny_base).vocabulary, parse_tools([{"name": "Do", "parameters": odd}], "tools.json"))
+
+
+@pytest.mark.parametrize(
     ("more", "where"),
     [({"anyOf": [{"properties": {"b": {}}}]}, "anyOf"), ({"$ref": "#/$defs/A", "$defs": {"A": {}}}, r"\$ref")],
 )
