@@ -42,7 +42,7 @@ from pipeline.toolcall.conversation import parse_request
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("float32", "bfloat16", "int8")
-INT8_MAX_TIME = 0.75  # int8 needs at most this share of the next fastest's time: it learns less (docs/experiments.md)
+INT8_MAX_TIME = 0.95  # int8 needs at most this share of the next fastest's time: it learns less (docs/experiments.md)
 
 
 @dataclass
@@ -63,6 +63,7 @@ class TrainConfig:
     warmup_fraction: float  # of the steps
     epochs: float
     text_weight: float  # in the loss, per token of a text reply (of a call: 1): texts are hard to predict
+    reverse_fraction: float  # of single requests for a call: learnt in reverse order too, weighing as texts do
     precision: str  # float32, bfloat16, int8 (matrix products only), or auto: the fastest, by measurement
     tokens_per_step: int  # prefixes included
     evaluations: int  # over the whole training
@@ -79,6 +80,7 @@ class TrainConfig:
         config.require_range("train.warmup_fraction", self.warmup_fraction, 0, 1)
         config.require_range("train.epochs", self.epochs, 0.01, 1000)
         config.require_range("train.text_weight", self.text_weight, 0, 1)
+        config.require_range("train.reverse_fraction", self.reverse_fraction, 0, 1)
         config.require_one_of("train.precision", self.precision, ["auto", *PRECISIONS])
         config.require_range("train.tokens_per_step", self.tokens_per_step, 1, 1_000_000)
         config.require_range("train.evaluations", self.evaluations, 1, 1000)
@@ -197,26 +199,11 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
     model, tokenizer = base.load_tuned(base_folder)
     attention = model.config._attn_implementation
     model.set_attn_implementation(shared_prefix.ATTENTION)
-    examples = {
-        "train": read_examples(files.read_jsonl(prepared / "train.jsonl"), tokenizer, cfg.text_weight),
-        "validation": read_examples(
-            files.read_spread(prepared / "validation.jsonl", cfg.validation_requests), tokenizer, cfg.text_weight
-        ),
-    }
+    examples, counts = _examples(prepared, tokenizer, cfg)
     if cfg.method == "full":
         freeze(model, cfg.frozen_layers, cfg.frozen_block_size)
     else:
-        model.enable_input_require_grads()
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=cfg.lora.rank,
-                lora_alpha=cfg.lora.alpha,
-                lora_dropout=cfg.lora.dropout,
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            ),
-        )
+        model = _with_lora(model, cfg.lora)
     model.forward = MethodType(shared_prefix.loss, model)  # DDP averages gradients of calls to forward only
     with process.main_process_first():
         checkpoints = _checkpoints(out, base_folder, examples, cfg)
@@ -224,7 +211,10 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
     trainer = make_trainer(model, examples, checkpoints, cfg)
     precision = cfg.precision if cfg.precision != "auto" else _fastest_precision(trainer, checkpoints, bool(last))
     trainer.compute_in(precision)
-    log.info("training on %d requests, %d to validate, in %s", *map(len, examples.values()), precision)
+    log.info(
+        "training on %(train_requests)d requests, %(reverse_requests)d of them reversed too, in %(precision)s",
+        counts | {"precision": precision},
+    )
     with ExitStack() as stack:
         if process.is_main_process:
             live = Live(str(report.with_suffix("")), dvcyaml=None, report=None, save_dvc_exp=False)
@@ -239,8 +229,7 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
         "stopped_early": trainer.state.global_step < trainer.state.max_steps,
         "best_validation_loss": trainer.state.best_metric,
         "best_step": trainer.state.best_global_step,
-        "train_requests": len(examples["train"]),
-        "validation_requests": len(examples["validation"]),
+        **counts,
         "precision": precision,
         "processes": process.num_processes,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -257,6 +246,14 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
     process.wait_for_everyone()  # a process that exits with open connections aborts, and the others with it
     process.destroy_process_group()
     return metrics
+
+
+def _with_lora(model: Any, cfg: LoraSettings) -> Any:
+    model.enable_input_require_grads()
+    settings = LoraConfig(
+        r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, settings)
 
 
 def freeze(model: Any, layers: int, block_size: int = 0) -> None:
@@ -292,6 +289,18 @@ def refuse_int8_on_a_gpu(precision: str) -> None:
         raise ValueError("train.precision is int8, which is for CPUs, but training would run on CUDA: use bfloat16")
 
 
+def _examples(
+    prepared: Path, tokenizer: Any, cfg: TrainConfig
+) -> tuple[dict[str, list[shared_prefix.Example]], dict[str, int]]:
+    """What is learnt and what is validated, and the numbers of requests."""
+    rows = list(files.read_jsonl(prepared / "train.jsonl"))
+    validation = files.read_spread(prepared / "validation.jsonl", cfg.validation_requests)
+    train, found = (read_examples(part, tokenizer, cfg.text_weight) for part in (rows, validation))
+    reverse = reverse_examples(rows, tokenizer, cfg)
+    counts = {"train_requests": len(train), "reverse_requests": len(reverse), "validation_requests": len(found)}
+    return {"train": train + reverse, "validation": found}, counts
+
+
 def read_examples(rows: Iterable[tuple[str, Any]], tokenizer: Any, text_weight: float) -> list[shared_prefix.Example]:
     """All of the assistant's replies in a conversation are learnt: the earlier ones are in the tokens anyway."""
     prefixes: dict[str, list[int]] = {}
@@ -310,6 +319,21 @@ def read_examples(rows: Iterable[tuple[str, Any]], tokenizer: Any, text_weight: 
             tokens += part
         examples.append(shared_prefix.Example(tokens, len(prefixes[key]), replies))
     return _each_once(examples)
+
+
+def reverse_examples(rows: Iterable[tuple[str, Any]], tokenizer: Any, cfg: TrainConfig) -> list[shared_prefix.Example]:
+    """Single requests for a call, drawn at random, in reverse order (prompt.reverse_tokens)."""
+    requests = [parse_request(value, (), where) for where, value in rows]
+    single = [request for request in requests if request.expected and len(request.messages) == 1]
+    found = []
+    for request in random.Random(cfg.seed).sample(single, round(cfg.reverse_fraction * len(single))):
+        prefix = prompt.prefix_tokens(tokenizer, request.tools)
+        reply = prompt.reply_tokens(tokenizer, request)
+        before, asked = prompt.reverse_tokens(tokenizer, reply, request.messages[0])
+        start, weight = len(prefix) + len(before), cfg.text_weight
+        learnt = shared_prefix.Reply(start, start + len(asked), weight, first_weight=weight)
+        found.append(shared_prefix.Example([*prefix, *before, *asked], len(prefix), [learnt]))
+    return found
 
 
 def _each_once(examples: list[shared_prefix.Example]) -> list[shared_prefix.Example]:

@@ -14,7 +14,7 @@ from pipeline.runtime.generation import ALL
 from pipeline.train import LoraSettings, TrainConfig
 
 PREPARE = PrepareConfig(0, 800, 0.05, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
-TRAIN = TrainConfig(0, "full", 0, 0, 1e-3, 0.0, 0.0, 1, 0.2, "float32", 100, 1, 1, 1, LoraSettings(1, 1, 0.0))
+TRAIN = TrainConfig(0, "full", 0, 0, 1e-3, 0.0, 0.0, 1, 0.2, 0.0, "float32", 100, 1, 1, 1, LoraSettings(1, 1, 0.0))
 
 
 class Stages:

@@ -30,6 +30,7 @@ CFG = TrainConfig(
     warmup_fraction=0.0,
     epochs=2,
     text_weight=0.2,
+    reverse_fraction=0.5,
     precision="float32",
     tokens_per_step=400,
     evaluations=4,
@@ -152,7 +153,7 @@ def test_each_precision_learns_the_same(precision: str, tiny_base: Path, prepare
         ({"float32": 0.1, "bfloat16": 0.2, "int8": 0.2}, "float32"),
         ({"float32": 0.2, "bfloat16": 0.1, "int8": 0.2}, "bfloat16"),
         ({"float32": 0.2, "bfloat16": 0.4, "int8": 0.1}, "int8"),
-        ({"float32": 0.2, "bfloat16": 0.4, "int8": 0.17}, "float32"),  # saves too little for what it costs
+        ({"float32": 0.2, "bfloat16": 0.4, "int8": 0.195}, "float32"),  # saves too little for what it costs
     ],
 )
 def test_auto_takes_the_precision_whose_steps_are_fastest(

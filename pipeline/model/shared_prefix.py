@@ -24,7 +24,8 @@ CLUSTER = 12  # requests of one prefix that stay together: few prefixes per step
 class Reply:
     start: int
     end: int
-    weight: float = 1.0  # of its tokens in the loss; the first, which decides between call and text, always has 1
+    weight: float = 1.0  # of its tokens in the loss
+    first_weight: float = 1.0  # of its first token, which decides between call and text
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def pack(step: Sequence[Example], count: int = 1, index: int = 0) -> dict[str, A
             for reply in example.replies:
                 predicting += range(before + reply.start - 1, before + reply.end - 1)
                 labels += example.tokens[reply.start : reply.end]
-                weights += [scale, *[scale * reply.weight] * (reply.end - reply.start - 1)]
+                weights += [scale * reply.first_weight, *[scale * reply.weight] * (reply.end - reply.start - 1)]
     return {
         "tokens": torch.tensor([tokens]),
         "positions": torch.tensor([positions]),

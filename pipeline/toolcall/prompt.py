@@ -110,6 +110,16 @@ def reply_tokens(tokenizer: Tokenizer, request: Request) -> list[int]:
     return [*_text(tokenizer, text), *_markup(tokenizer, END)]
 
 
+def reverse_tokens(tokenizer: Tokenizer, reply: Sequence[int], message: Message) -> tuple[list[int], list[int]]:
+    """A call and the request it answers in reverse order: what stands before the request, and the request.
+
+    How likely the request is after a call helps to choose among several calls: a call that leaves out what was asked
+    for makes the request less likely. No conversation begins with the assistant, so it is never taken for one.
+    """
+    before = [*_markup(tokenizer, f"{START}assistant\n"), *reply, *_markup(tokenizer, f"\n{START}{message['role']}\n")]
+    return before, [*_text(tokenizer, message["content"]), *_markup(tokenizer, END)]
+
+
 def form() -> str:
     """A hash of the form of conversations: a model can only be used with the form it was trained on."""
     kinds: dict[str, Any] = {
@@ -133,8 +143,12 @@ def form() -> str:
     call = {"path": "a.txt", "text": "one\ntwo", "pattern": r"f\(x\)", "mode": "a", "offset": 15, "limit": 5}
     request = Request("", "Look", messages, tools, ToolCall("Look", {**call, "timeout": 120_000}))
     letters = _Letters()
-    asked = prefix_tokens(letters, tools) + request_tokens(letters, messages, tools)
-    return hashlib.sha256("".join(map(chr, asked + reply_tokens(letters, request))).encode()).hexdigest()
+    asked, reply = (
+        prefix_tokens(letters, tools) + request_tokens(letters, messages, tools),
+        reply_tokens(letters, request),
+    )
+    before, after = reverse_tokens(letters, reply, messages[-1])
+    return hashlib.sha256("".join(map(chr, asked + reply + before + after)).encode()).hexdigest()
 
 
 class _Letters:
