@@ -329,10 +329,10 @@ def reverse_examples(rows: Iterable[tuple[str, Any]], tokenizer: Any, cfg: Train
     for request in random.Random(cfg.seed).sample(single, round(cfg.reverse_fraction * len(single))):
         prefix = prompt.prefix_tokens(tokenizer, request.tools)
         reply = prompt.reply_tokens(tokenizer, request)
-        before, asked = prompt.reverse_tokens(tokenizer, reply, request.messages[0])
-        start, weight = len(prefix) + len(before), cfg.text_weight
-        learnt = shared_prefix.Reply(start, start + len(asked), weight, first_weight=weight)
-        found.append(shared_prefix.Example([*prefix, *before, *asked], len(prefix), [learnt]))
+        opening, between, asked = prompt.reverse_tokens(tokenizer, request.messages[0])
+        before = [*prefix, *opening, *reply, *between]
+        learnt = shared_prefix.Reply(len(before), len(before) + len(asked), cfg.text_weight, cfg.text_weight)
+        found.append(shared_prefix.Example([*before, *asked], len(prefix), [learnt]))
     return found
 
 

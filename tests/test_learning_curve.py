@@ -103,7 +103,7 @@ def test_other_data_techniques_or_base_begin_anew(
     files.write_jsonl(params.paths.requests / "train/a.jsonl", [{}, {}])
     run(params, [])
     assert stages.count("train") == 8
-    params.techniques = replace(ALL, alternatives=0)
+    params.techniques = replace(ALL, alternatives=0, reverse_weight=0)
     run(params, [])
     assert stages.count("train") == 12
     caplog.set_level("INFO")

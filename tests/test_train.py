@@ -270,3 +270,28 @@ def test_all_that_the_assistant_said_is_learnt_and_each_reply_once(tiny_base: Pa
     assert [reply.weight for reply in whole.replies] == [1.0, 0.2, 1.0]
     assert alone.tokens == whole.tokens[: whole.replies[0].end]
     assert again.replies == whole.replies[1:]
+
+
+def test_single_requests_for_a_call_are_learnt_in_reverse_order_too(tiny_base: Path) -> None:
+    tokenizer = load_tuned(tiny_base)[1]
+    single: dict[str, Any] = {
+        "id": "1",
+        "category": "Read",
+        "messages": [{"role": "user", "content": "show a"}],
+        "tools": [TOOL],
+        "expected": {"name": "Read", "arguments": {"p": "a"}},
+    }
+    text = {**single, "category": "none", "expected": None, "reply": "What is a?"}
+    answered = {"role": "assistant", "content": "It is there."}
+    later = {**single, "messages": [*single["messages"], answered, *single["messages"]]}
+    rows = [("1", single), ("2", text), ("3", later)]
+    (found,) = train.reverse_examples(rows, tokenizer, dataclasses.replace(CFG, reverse_fraction=1.0))
+    (forward,) = train.read_examples(rows[:1], tokenizer, 0.2)
+    assert found.tokens[: found.prefix] == forward.tokens[: forward.prefix]
+    assert tokenizer.decode(found.tokens[found.prefix :]) == (
+        "<|im_start|>assistant\n<tool_call>Read\np: a<|im_end|>\n<|im_start|>user\nshow a<|im_end|>"
+    )
+    (reply,) = found.replies
+    assert tokenizer.decode(found.tokens[reply.start : reply.end]) == "show a<|im_end|>"
+    assert (reply.weight, reply.first_weight) == (0.2, 0.2)
+    assert train.reverse_examples(rows, tokenizer, dataclasses.replace(CFG, reverse_fraction=0.0)) == []

@@ -15,7 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import files
-from pipeline.runtime.generation import ALL, PREFIXES, Choice, Decoding, Prompt, Runtime, Techniques, Token, generate
+from pipeline.runtime.generation import (
+    ALL,
+    LONGEST_REVERSE,
+    PREFIXES,
+    Choice,
+    Decoding,
+    Prompt,
+    Reverse,
+    Runtime,
+    Techniques,
+    Token,
+    generate,
+)
 from pipeline.runtime.manifest import check_manifest
 from pipeline.runtime.recent import Recent
 from pipeline.toolcall import compact, prompt
@@ -134,7 +146,10 @@ class ToolCaller:
             messages = [{"role": "user", "content": messages}]
         prefix, asked = self.encode(messages, tools, max_new_tokens)
         text, end = prompt.request_text(messages), self.tokenizer.eos_token_id
-        return Prompt(prefix, asked, end, text, choice, max_new_tokens, Drafter(self.tokenizer, tools, text, end))
+        drafter = Drafter(self.tokenizer, tools, text, end)
+        single = len(messages) == 1 and len(asked) <= LONGEST_REVERSE  # as in training
+        reverse = Reverse(*prompt.reverse_tokens(self.tokenizer, messages[0])) if single else None
+        return Prompt(prefix, asked, end, text, choice, max_new_tokens, drafter, reverse)
 
     def stream(self, prompted: Prompt, tools: tuple[Tool, ...], max_new_tokens: int) -> Iterator[Token]:
         """The reply token by token; the end token comes last unless it is cut off."""

@@ -7,7 +7,8 @@ ones (except that the grammar replaces tokens that would break a call's form):
 - drafts are checked in one step: likely copies (toolcall/draft.py), what follows the same text in the request, and a
   call's opening.
 
-A fourth makes calls right more often: of several candidate calls the likeliest is chosen, not always the greedy one.
+Two more make calls right more often: of several candidate calls the likeliest is chosen, not always the greedy one; and
+where several are nearly as likely, it counts too how likely the request is after each of them.
 """
 
 import math
@@ -44,9 +45,10 @@ class Techniques:
     draft_tokens: int  # per step, copied from what follows the reply's last tokens in the request; doubled while right
     guess_tokens: int  # per step at most, where toolcall/draft.py guesses what a call copies
     alternatives: int  # at most this many calls are tried beside the greedy one, if the model is unsure
+    reverse_weight: float  # of log P(request | call), added to log P(call | request) for calls nearly as likely; 0: off
 
     def __post_init__(self) -> None:
-        for name in ("prefixes", "conversation_tokens", "draft_tokens", "guess_tokens", "alternatives"):
+        for name in self.__dataclass_fields__:
             if getattr(self, name) < 0:
                 raise ValueError(f"techniques.{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("draft_tokens", "guess_tokens"):
@@ -54,12 +56,16 @@ class Techniques:
                 raise ValueError(f"techniques.{name} must be at most {LONGEST_DRAFT}, got {getattr(self, name)}")
         if not self.grammar and (self.forced or self.draft_tokens or self.guess_tokens or self.alternatives):
             raise ValueError("techniques.forced, draft_tokens, guess_tokens and alternatives need techniques.grammar")
+        if self.reverse_weight and not self.alternatives:
+            raise ValueError("techniques.reverse_weight needs techniques.alternatives: it chooses among several calls")
 
 
 PREFIXES = 8
-PLAIN = Techniques(PREFIXES, 0, grammar=False, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0)
-ALL = Techniques(PREFIXES, 4096, grammar=True, forced=True, draft_tokens=4, guess_tokens=16, alternatives=4)
+PLAIN = Techniques(PREFIXES, 0, False, False, draft_tokens=0, guess_tokens=0, alternatives=0, reverse_weight=0)
+ALL = Techniques(PREFIXES, 4096, True, True, draft_tokens=4, guess_tokens=16, alternatives=4, reverse_weight=0.05)
 SURE = math.log(0.98)  # a token likelier than this has no second choice worth trying
+NEAR = 1.5  # nats: calls that are less likely than the likeliest by more than this are not scored in reverse order
+LONGEST_REVERSE = 256  # tokens of a request: longer ones would take longer to score than to answer
 
 
 def ablations(use: Techniques) -> dict[str, Techniques]:
@@ -70,9 +76,10 @@ def ablations(use: Techniques) -> dict[str, Techniques]:
         "without forced tokens": replace(use, forced=False),
         "without drafts": replace(use, draft_tokens=0, guess_tokens=0),
         "without guesses": replace(use, guess_tokens=0),
-        "without alternatives": replace(use, alternatives=0),
-        "without grammar": replace(use, grammar=False, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0),
-        "none": Techniques(0, 0, grammar=False, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0),
+        "without reverse order": replace(use, reverse_weight=0),
+        "without alternatives": replace(use, alternatives=0, reverse_weight=0),
+        "without grammar": replace(PLAIN, prefixes=use.prefixes, conversation_tokens=use.conversation_tokens),
+        "none": replace(PLAIN, prefixes=0),
     }
 
 
@@ -143,6 +150,15 @@ class Choice(StrEnum):
     NONE = "none"
 
 
+@dataclass(frozen=True)
+class Reverse:
+    """The parts of a request when the call stands before it (toolcall/prompt.py)."""
+
+    opening: list[int]
+    between: list[int]
+    request: list[int]
+
+
 @dataclass
 class Prompt:
     prefix: Sequence[int]
@@ -152,6 +168,7 @@ class Prompt:
     choice: Choice = Choice.AUTO
     max_new_tokens: int = 1_000_000  # of a reply
     drafter: Drafter | None = None
+    reverse: Reverse | None = None  # None: calls are not scored in reverse order
 
 
 def generate(runtime: Runtime, prompt: Prompt, grammar: Grammar | None, use: Techniques) -> Iterator[Token]:
@@ -192,6 +209,9 @@ class Decoding:
     unsure of a token, a candidate with its second choice is finished greedily too, as long as it may become likelier
     than the best call so far. If text as a whole is likelier than that call, the reply is text. So a call is returned
     only when complete; text comes token by token.
+
+    With a reverse weight, candidates up to NEAR less likely than the best are completed too, and the model then reads
+    each of them followed by the request: P(call | request) P(request | call)^weight decides among them.
     """
 
     def __init__(self, prompt: Prompt, grammar: Grammar | None, use: Techniques) -> None:
@@ -201,7 +221,10 @@ class Decoding:
         self._reply = _Reply(prompt, self._grammar, use)
         self._forks: list[list[Token]] = []  # beginnings of other candidates
         self._left = use.alternatives
-        self._best: list[Token] = []
+        self._calls: list[list[Token]] = []  # candidates that are finished or cut off
+        self._reverse = (
+            _ReverseScores(prompt.reverse, len(prompt.prefix)) if prompt.reverse and use.reverse_weight else None
+        )
         self._cached: list[int] = []  # tokens of the reply in the KV cache
         self._copied = 0  # how many drafts in a row were right as a whole: each doubles the next
         self._text: tuple[float, Token] | None = None  # log-probability of any text, and its likeliest first token
@@ -216,6 +239,8 @@ class Decoding:
 
     def read(self, step: Step, logits: NDArray[np.float32]) -> list[Token]:
         """The tokens to return after `step`, given its `logits` (keep, vocabulary); sets `self.step` to the next."""
+        if self._reverse and self._reverse.calls:
+            return self._score(self._reverse, step, logits)
         for row, guess in zip(logits, [*step.draft, None], strict=True):
             token = self._choose(row)
             self._said.append(token)
@@ -266,21 +291,42 @@ class Decoding:
         return draft[: max(0, self._prompt.max_new_tokens - len(self._said))]
 
     def _likeliest(self) -> list[Token]:
-        """After the end of a call: go on to the next candidate, or return the best reply."""
+        """After the end of a call: go on to the next candidate, score several, or return the best reply."""
+        self._calls.append(self._said)
         while True:
-            self._best = max(self._best or self._said, self._said, key=self._rank)
+            best = max(self._calls, key=self._rank)
+            least = self._rank(best)[1] - (NEAR if self._reverse else 0)
             fork = max(self._forks, key=_total, default=None)
-            if not self._left or fork is None or _total(fork) <= self._rank(self._best)[1]:
+            if not self._left or fork is None or _total(fork) <= least:
                 break
             self._left -= 1
             self._forks.remove(fork)
             self._begin(fork)
             if self.step:
                 return []
-        if self._text and self._text[0] > _total(self._best):
+            self._calls.append(self._said)
+        if self._text and self._text[0] > _total(best):
             self._begin([self._text[1]])
-        else:
-            self._said, self.step = self._best, None
+            return self._tell()
+        near = [call for call in self._calls if self._rank(call)[1] > least]
+        if self._reverse and len(near) > 1:
+            self.step = self._reverse.begin(near)
+            return []
+        return self._end_with(best)
+
+    def _score(self, reverse: "_ReverseScores", step: Step, logits: NDArray[np.float32]) -> list[Token]:
+        """After a step in reverse order."""
+        self.step = reverse.read(step, logits)
+        if self.step:
+            return []
+        totals = [
+            _total(call) + self._use.reverse_weight * score
+            for call, score in zip(reverse.calls, reverse.scores, strict=True)
+        ]
+        return self._end_with(reverse.calls[totals.index(max(totals))])
+
+    def _end_with(self, call: list[Token]) -> list[Token]:
+        self._said, self.step = call, None
         return self._tell()
 
     def _rank(self, said: list[Token]) -> tuple[bool, float]:
@@ -307,6 +353,38 @@ class Decoding:
 
 def _total(said: Sequence[Token]) -> float:
     return sum(token.log_probability for token in said)
+
+
+class _ReverseScores:
+    """The log-probability of the request after each of several calls."""
+
+    def __init__(self, parts: Reverse, prefix: int) -> None:
+        self._parts, self._prefix = parts, prefix
+        self.calls: list[list[Token]] = []
+        self.scores: list[float] = []  # of the calls read so far; the last may be incomplete
+
+    def begin(self, calls: list[list[Token]]) -> Step:
+        self.calls = calls
+        return self._first()
+
+    def read(self, step: Step, logits: NDArray[np.float32]) -> Step | None:
+        """The next step, after `logits` (keep, vocabulary) of `step`; None: all calls are scored."""
+        self.scores[-1] += sum(map(_log_probability, logits, step.draft))
+        if self._left:  # the row after the last token of the draft predicts the next part's first
+            self.scores[-1] += _log_probability(logits[-1], self._left[0])
+            return self._part([self._left.pop(0)], step.at + len(step.tokens))
+        return self._first() if len(self.scores) < len(self.calls) else None
+
+    def _first(self) -> Step:
+        call = [token.id for token in self.calls[len(self.scores)]]
+        self.scores.append(0.0)
+        self._left = list(self._parts.request)
+        return self._part([*self._parts.opening, *call, *self._parts.between], self._prefix)
+
+    def _part(self, feed: list[int], at: int) -> Step:
+        """As many tokens of the request as a draft may have: KV buffers and logits need no more room."""
+        draft, self._left = self._left[:LONGEST_DRAFT], self._left[LONGEST_DRAFT:]
+        return Step(feed, draft, at)
 
 
 def generate_together(

@@ -110,14 +110,15 @@ def reply_tokens(tokenizer: Tokenizer, request: Request) -> list[int]:
     return [*_text(tokenizer, text), *_markup(tokenizer, END)]
 
 
-def reverse_tokens(tokenizer: Tokenizer, reply: Sequence[int], message: Message) -> tuple[list[int], list[int]]:
-    """A call and the request it answers in reverse order: what stands before the request, and the request.
+def reverse_tokens(tokenizer: Tokenizer, message: Message) -> tuple[list[int], list[int], list[int]]:
+    """What comes before a call, between, and the request's tokens when the call stands before its request.
 
-    How likely the request is after a call helps to choose among several calls: a call that leaves out what was asked
-    for makes the request less likely. No conversation begins with the assistant, so it is never taken for one.
+    How likely the request is after a call helps to choose among several calls: one that leaves out what was asked for
+    makes the request less likely. No conversation begins with the assistant, so this order is never taken for one.
     """
-    before = [*_markup(tokenizer, f"{START}assistant\n"), *reply, *_markup(tokenizer, f"\n{START}{message['role']}\n")]
-    return before, [*_text(tokenizer, message["content"]), *_markup(tokenizer, END)]
+    opening, between = f"{START}assistant\n", f"\n{START}{message['role']}\n"
+    request = [*_text(tokenizer, message["content"]), *_markup(tokenizer, END)]
+    return _markup(tokenizer, opening), _markup(tokenizer, between), request
 
 
 def form() -> str:
@@ -143,12 +144,9 @@ def form() -> str:
     call = {"path": "a.txt", "text": "one\ntwo", "pattern": r"f\(x\)", "mode": "a", "offset": 15, "limit": 5}
     request = Request("", "Look", messages, tools, ToolCall("Look", {**call, "timeout": 120_000}))
     letters = _Letters()
-    asked, reply = (
-        prefix_tokens(letters, tools) + request_tokens(letters, messages, tools),
-        reply_tokens(letters, request),
-    )
-    before, after = reverse_tokens(letters, reply, messages[-1])
-    return hashlib.sha256("".join(map(chr, asked + reply + before + after)).encode()).hexdigest()
+    asked, reply = request_tokens(letters, messages, tools), reply_tokens(letters, request)
+    parts = prefix_tokens(letters, tools), asked, reply, *reverse_tokens(letters, messages[-1])
+    return hashlib.sha256("".join(chr(letter) for part in parts for letter in part).encode()).hexdigest()
 
 
 class _Letters:

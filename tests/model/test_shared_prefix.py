@@ -28,7 +28,7 @@ STEP = [
     Example([5, 6, 7, 12, 23], 3, [Reply(4, 5)]),
     Example([1, 2, 3, 4, 12, 23], 4, [Reply(5, 6)]),
     Example([1, 2, 3, 4, 13, 14, 15, 24, 25, 26], 4, [Reply(5, 6), Reply(7, 10, weight=0.25)]),
-    Example([5, 6, 7, 30, 31, 32, 33], 3, [Reply(5, 7)]),
+    Example([5, 6, 7, 30, 31, 32, 33], 3, [Reply(5, 7, weight=0.5, first_weight=0.5)]),
 ]
 
 
@@ -41,7 +41,7 @@ def test_loss_and_gradient_are_those_of_the_plain_batch() -> None:
         for reply in row.replies:
             predicted, said = logits[reply.start - 1 : reply.end - 1], row.tokens[reply.start : reply.end]
             terms.append(functional.cross_entropy(predicted, torch.tensor(said), reduction="none"))
-            weights += [1.0, *[reply.weight] * (len(predicted) - 1)]
+            weights += [reply.first_weight, *[reply.weight] * (len(predicted) - 1)]
     plain = (torch.cat(terms) * torch.tensor(weights)).mean()
     plain.backward()  # type: ignore[no-untyped-call]
     expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}

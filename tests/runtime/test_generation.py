@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 
 from pipeline.runtime.generation import (
     ALL,
+    NEAR,
     PLAIN,
     Choice,
     Decoding,
     NullRuntime,
     Prompt,
+    Reverse,
     Techniques,
     Token,
     ablations,
@@ -28,7 +30,7 @@ from pipeline.toolcall.grammar import Grammar
 from pipeline.toolcall.tokenizer import Tokenizer
 from pipeline.toolcall.tool import Tool
 
-GRAMMAR_ONLY = Techniques(1, 0, grammar=True, forced=False, draft_tokens=0, guess_tokens=0, alternatives=0)
+GRAMMAR_ONLY = replace(PLAIN, grammar=True)
 TEXTS = {"pattern": {"type": "string", "x-copy": "regex"}, "path": {"type": "string", "x-copy": "path"}}
 TOOLS = (
     Tool("Grep", "Search.", {"type": "object", "properties": TEXTS, "required": []}),
@@ -82,15 +84,23 @@ def tokenizer(tiny_base: Path) -> Tokenizer:
     return Tokenizer(tiny_base)
 
 
+PREFIX = [1, 2, 3]
+REVERSE = Reverse([4, 5], [6], list(range(7, 90)))  # a request of three drafts
+
+
 def replies(tokenizer: Tokenizer, use: Techniques, seed: int) -> tuple[list[Token], int]:
     grammar = Grammar(tokenizer.vocabulary, TOOLS)
     text = 'find "ab" in cd/ef'
     asked = tokenizer.encode(text, add_special_tokens=False)
-    liked = tokenizer.encode('"abcdef}', add_special_tokens=False)
-    runtime = RandomRuntime(seed, grammar.opening, liked, len(tokenizer))
-    end = tokenizer.eos_token_id
-    prompt = Prompt([1, 2, 3], asked, end, text, max_new_tokens=300, drafter=Drafter(tokenizer, TOOLS, text, end))
+    runtime, end = random_runtime(tokenizer, seed), tokenizer.eos_token_id
+    drafter = Drafter(tokenizer, TOOLS, text, end)
+    prompt = Prompt(PREFIX, asked, end, text, max_new_tokens=300, drafter=drafter, reverse=REVERSE)
     return list(islice(generate(runtime, prompt, grammar, use), 300)), runtime.steps
+
+
+def random_runtime(tokenizer: Tokenizer, seed: int) -> RandomRuntime:
+    liked = tokenizer.encode('"abcdef}', add_special_tokens=False)
+    return RandomRuntime(seed, Grammar(tokenizer.vocabulary, TOOLS).opening, liked, len(tokenizer))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -102,7 +112,7 @@ def test_techniques_leave_the_reply_as_it_is(
     tokenizer: Tokenizer, seed: int, draft_tokens: int, guess_tokens: int, forced: bool, alternatives: int
 ) -> None:
     expected, steps = replies(tokenizer, replace(GRAMMAR_ONLY, alternatives=alternatives), seed)
-    found, fewer = replies(tokenizer, Techniques(1, 0, True, forced, draft_tokens, guess_tokens, alternatives), seed)
+    found, fewer = replies(tokenizer, Techniques(1, 0, True, forced, draft_tokens, guess_tokens, alternatives, 0), seed)
     assert [token.id for token in found] == [token.id for token in expected]
     assert probability(found) == pytest.approx(probability(expected))
     assert fewer <= steps
@@ -132,8 +142,8 @@ def test_ablations_leave_the_reply_as_it_is_where_the_grammar_stays(tokenizer: T
 def test_alternatives_find_a_likelier_call(tokenizer: Tokenizer) -> None:
     likelier = 0
     for seed in range(20):
-        greedy, steps = replies(tokenizer, replace(ALL, alternatives=0), seed)
-        found, more = replies(tokenizer, replace(ALL, alternatives=8), seed)
+        greedy, steps = replies(tokenizer, replace(ALL, alternatives=0, reverse_weight=0), seed)
+        found, more = replies(tokenizer, replace(ALL, alternatives=8, reverse_weight=0), seed)
         if greedy[-1].id == tokenizer.eos_token_id:
             assert found[-1].id == tokenizer.eos_token_id
             assert probability(found) >= probability(greedy)
@@ -166,8 +176,45 @@ def test_text_is_said_where_any_is_likelier_than_the_best_call(tokenizer: Tokeni
     found = list(generate(Torn([0], len(tokenizer)), prompt, grammar, ALL))
     assert [token.id for token in found] == [text[0], tokenizer.eos_token_id]
     assert found[0].changed
-    greedy = next(generate(Torn([0], len(tokenizer)), prompt, grammar, replace(ALL, alternatives=0)))
+    greedy = next(generate(Torn([0], len(tokenizer)), prompt, grammar, replace(ALL, alternatives=0, reverse_weight=0)))
     assert greedy.id == grammar.opening[0]
+
+
+def test_reverse_order_finds_calls_after_which_the_request_is_likelier(tokenizer: Tokenizer) -> None:
+    better = 0
+    for seed in range(60):
+        use = replace(ALL, alternatives=8, reverse_weight=0)
+        likeliest, steps = replies(tokenizer, use, seed)
+        found, more = replies(tokenizer, replace(use, reverse_weight=1), seed)
+        if likeliest[-1].id != tokenizer.eos_token_id:
+            assert found == likeliest
+        elif found == likeliest:
+            assert more >= steps
+        else:
+            before, after = request_after(likeliest, tokenizer, seed), request_after(found, tokenizer, seed)
+            assert (
+                math.log(probability(likeliest)) - NEAR
+                < math.log(probability(found))
+                < math.log(probability(likeliest))
+            )
+            assert math.log(probability(found)) + after > math.log(probability(likeliest)) + before
+            better += 1
+    assert better >= 3
+
+
+def request_after(call: list[Token], tokenizer: Tokenizer, seed: int) -> float:
+    """The request's log-probability after `call`, in one step."""
+    runtime = random_runtime(tokenizer, seed)
+    runtime.begin(PREFIX)
+    before = [*REVERSE.opening, *(token.id for token in call), *REVERSE.between]
+    logits = runtime.step([*before, *REVERSE.request[:-1]], len(PREFIX), len(REVERSE.request)).astype(np.float64)
+    logits -= np.log(np.exp(logits).sum(1, keepdims=True))
+    return float(sum(row[token] for row, token in zip(logits, REVERSE.request, strict=True)))
+
+
+def test_reverse_order_needs_alternatives() -> None:
+    with pytest.raises(ValueError, match=r"techniques\.reverse_weight needs techniques\.alternatives"):
+        replace(ALL, alternatives=0)
 
 
 def probability(tokens: list[Token]) -> float:

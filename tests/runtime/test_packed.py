@@ -147,3 +147,14 @@ def test_requests_together_fill_more_than_one_context(tiny_fused: Path, monkeypa
 def test_only_a_fused_model_answers_requests_together(tiny_base: Path) -> None:
     with pytest.raises(ValueError, match="only a fused model answers requests together, not one for PyTorch"):
         load_runtime(tiny_base, "cpu", 1, together=2)
+
+
+def test_short_requests_that_begin_a_conversation_are_scored_in_reverse_order(tiny_fused: Path) -> None:
+    caller = ToolCaller.load(tiny_fused, ROOT / "data/tools.json", threads=1)
+    single = [{"role": "user", "content": "show a"}]
+    later = [*single, {"role": "assistant", "content": "Here."}, *single]
+    long = [{"role": "user", "content": "show a " * 60}]
+    found = [caller.prompt(messages, caller.tools, 40, Choice.AUTO).reverse for messages in (single, later, long)]
+    assert [reverse is not None for reverse in found] == [True, False, False]
+    assert found[0]
+    assert caller.tokenizer.decode(found[0].request) == "show a<|im_end|>"
