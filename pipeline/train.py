@@ -81,6 +81,8 @@ class TrainConfig:
         config.require_range("train.epochs", self.epochs, 0.01, 1000)
         config.require_range("train.text_weight", self.text_weight, 0, 1)
         config.require_range("train.reverse_fraction", self.reverse_fraction, 0, 1)
+        if self.reverse_fraction and not self.text_weight:
+            raise ValueError("train.reverse_fraction needs a train.text_weight over 0: requests weigh as texts do")
         config.require_one_of("train.precision", self.precision, ["auto", *PRECISIONS])
         config.require_range("train.tokens_per_step", self.tokens_per_step, 1, 1_000_000)
         config.require_range("train.evaluations", self.evaluations, 1, 1000)
@@ -237,6 +239,7 @@ def run(base_folder: Path, prepared: Path, out: Path, report: Path, cfg: TrainCo
     if process.is_main_process:
         tuned = trainer.model.merge_and_unload() if cfg.method == "lora" else trainer.model
         tuned.set_attn_implementation(attention)
+        setattr(tuned.config, prompt.REVERSE_REQUESTS, counts["reverse_requests"])
         with files.whole_folder(out) as folder:
             tuned.save_pretrained(folder, safe_serialization=True, max_shard_size=files.ONE_FILE)
             tokenizer.save_pretrained(folder)

@@ -43,7 +43,8 @@ def ladder(found: Found, faults: dict[str, str | None], pictures: Pictures) -> l
         f"p50 and p95: one client; calls/s: {clients} clients at once, without HTTP; `faster`: p50 vs {BASELINE}; "
         f"`passes`: the rule above. With the same weights {REFERENCE} can be more accurate than {BASELINE}: its "
         "decoding (also used by int8 and int4) is constrained to the tools' schemas, copies arguments that must occur "
-        "in the request, and picks the likeliest of several candidate calls, or text.",
+        "in the request, and picks the likeliest of several candidate calls, or text; among nearly equal ones, how "
+        "likely the request is after each call counts too.",
         pictures["ladder"],
         "The same tuned model in five variants, each adding one step:",
         "- torch-fp32: PyTorch eager, one token per step\n"
@@ -107,7 +108,7 @@ def speed(found: Found, pictures: Pictures) -> list[str]:
         table(tables.speed(found)),
         "With few calls, p99 is close to the slowest one. Reply tokens/s: all reply tokens over the total call time, "
         f"prompts included. There is no time to first token: except with {BASELINE} and onnx-fp32, a call is sent "
-        "whole, once it is known to be the likeliest.",
+        "whole, once no other call can be better.",
         "Rounding depends on which requests are decoded together, so some quantized replies differ from those to one "
         "client. In this table, `same`: share of replies identical to those to one client; `exact`: share of all "
         "replies that are exact.",
@@ -118,9 +119,9 @@ def speed(found: Found, pictures: Pictures) -> list[str]:
             "### Ablation of the techniques",
             pictures["techniques"],
             "The same requests in all configurations in turn, one client, one technique left out at a time. `same`: "
-            "replies identical to those with all techniques. The grammar and the search for a likelier call change "
-            "replies by design; other differences are rounding, which in the quantized variants depends on the number "
-            f"of tokens per step. {NOISE}",
+            "replies identical to those with all techniques. The grammar, the search for a likelier call and the "
+            "reverse order change replies by design; other differences are rounding, which in the quantized variants "
+            f"depends on the number of tokens per step. {NOISE}",
             *folded("p50 of a whole call by variant", table(tables.ablation(found), index=True)),
         ]
     if late := {name: bench["later"] for name, bench in found["benchmark"].items() if bench.get("later")}:
@@ -217,9 +218,10 @@ def measured(found: Found, chosen: str, pictures: Pictures) -> list[str]:
         "(measured with a runtime whose tokens are known in advance). A fused graph decodes several clients' requests "
         f"together; otherwise they queue. {BASELINE} and onnx-fp32 decode greedily, token by token; the others "
         "constrain a call to the tools' grammar, append forced tokens in one step, verify drafts copied from the "
-        "request, and pick the likeliest of several calls, or text where that is likelier.",
+        "request, and pick the likeliest of several calls, or text where that is likelier; among nearly equal calls, "
+        "how likely the request is after each counts too.",
         f"Training: {train['train_requests']} requests, {train['train_s'] / 60:.0f} minutes, matrix products in "
-        f"{train['precision']}.",
+        f"{train['precision']}; {train['reverse_requests']} of them also in reverse order, the call first.",
     ]
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ class ToolCaller:
         together: int = 1,
     ) -> "ToolCaller":
         """`tools`: a tools file; by default the one in `folder`, else data/tools.json. `together`: how many requests an
-        Engine answers at a time, at most.
+        Engine answers at a time, at most. A model that has not learnt the reverse order does not score calls in it,
+        whatever `techniques` say.
 
         Raises FileNotFoundError if `folder` holds no model written by a stage of this project, ValueError if a
         released model was changed.
@@ -98,6 +99,8 @@ class ToolCaller:
         tools = tools or (own if own.exists() else Path("data/tools.json"))
         tokenizer = Tokenizer(folder)
         found = parse_tools(files.read_json(Path(tools)), str(tools))
+        if not files.read_json(folder / "config.json").get(prompt.REVERSE_REQUESTS):
+            techniques = replace(techniques, reverse_weight=0)
         if techniques.grammar:
             _ = tokenizer.vocabulary  # before the model, which reuses the memory that this frees
         runtime = load_runtime(folder, device, threads, techniques.prefixes, together, techniques.conversation_tokens)
@@ -147,7 +150,7 @@ class ToolCaller:
         prefix, asked = self.encode(messages, tools, max_new_tokens)
         text, end = prompt.request_text(messages), self.tokenizer.eos_token_id
         drafter = Drafter(self.tokenizer, tools, text, end)
-        single = len(messages) == 1 and len(asked) <= LONGEST_REVERSE  # as in training
+        single = len(messages) == 1 and len(asked) <= LONGEST_REVERSE  # only single requests are learnt so
         reverse = Reverse(*prompt.reverse_tokens(self.tokenizer, messages[0])) if single else None
         return Prompt(prefix, asked, end, text, choice, max_new_tokens, drafter, reverse)
 

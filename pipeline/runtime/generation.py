@@ -31,7 +31,7 @@ LONGEST_DRAFT = 32  # tokens: KV buffers are this much longer than the context
 class Token:
     id: int
     log_probability: float  # natural logarithm, from the unconstrained model at temperature 1; 0 if forced
-    changed: bool = False  # not the greedy choice: the grammar ruled that out, or another reply was likelier
+    changed: bool = False  # not the greedy choice: the grammar ruled that out, or another reply was chosen
 
 
 @dataclass
@@ -56,6 +56,8 @@ class Techniques:
                 raise ValueError(f"techniques.{name} must be at most {LONGEST_DRAFT}, got {getattr(self, name)}")
         if not self.grammar and (self.forced or self.draft_tokens or self.guess_tokens or self.alternatives):
             raise ValueError("techniques.forced, draft_tokens, guess_tokens and alternatives need techniques.grammar")
+        if not self.reverse_weight <= 10:
+            raise ValueError(f"techniques.reverse_weight must be from 0 to 10, got {self.reverse_weight}")
         if self.reverse_weight and not self.alternatives:
             raise ValueError("techniques.reverse_weight needs techniques.alternatives: it chooses among several calls")
 
@@ -211,7 +213,8 @@ class Decoding:
     only when complete; text comes token by token.
 
     With a reverse weight, candidates up to NEAR less likely than the best are completed too, and the model then reads
-    each of them followed by the request: P(call | request) P(request | call)^weight decides among them.
+    each of them followed by the request: P(call | request) P(request | call)^weight decides among them (a noisy
+    channel; in translation: Yee, Dauphin and Auli 2019).
     """
 
     def __init__(self, prompt: Prompt, grammar: Grammar | None, use: Techniques) -> None:
@@ -295,7 +298,8 @@ class Decoding:
         self._calls.append(self._said)
         while True:
             best = max(self._calls, key=self._rank)
-            least = self._rank(best)[1] - (NEAR if self._reverse else 0)
+            text = self._text if self._text and self._text[0] > _total(best) else None
+            least = self._rank(best)[1] - (NEAR if self._reverse and not text else 0)
             fork = max(self._forks, key=_total, default=None)
             if not self._left or fork is None or _total(fork) <= least:
                 break
@@ -305,8 +309,8 @@ class Decoding:
             if self.step:
                 return []
             self._calls.append(self._said)
-        if self._text and self._text[0] > _total(best):
-            self._begin([self._text[1]])
+        if text:
+            self._begin([text[1]])
             return self._tell()
         near = [call for call in self._calls if self._rank(call)[1] > least]
         if self._reverse and len(near) > 1:
@@ -371,8 +375,10 @@ class _ReverseScores:
         """The next step, after `logits` (keep, vocabulary) of `step`; None: all calls are scored."""
         self.scores[-1] += sum(map(_log_probability, logits, step.draft))
         if self._left:  # the row after the last token of the draft predicts the next part's first
-            self.scores[-1] += _log_probability(logits[-1], self._left[0])
-            return self._part([self._left.pop(0)], step.at + len(step.tokens))
+            token = self._left.pop(0)
+            self.scores[-1] += _log_probability(logits[-1], token)
+            if self._left:
+                return self._part([token], step.at + len(step.tokens))
         return self._first() if len(self.scores) < len(self.calls) else None
 
     def _first(self) -> Step:

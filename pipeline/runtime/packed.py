@@ -63,6 +63,10 @@ class PackedRuntime:
 
     def leave(self, row: Row) -> None:
         self.rows.remove(row)
+        if row.asked:
+            self._keep(row)
+
+    def _keep(self, row: Row) -> None:
         self._conversations.keep(self._prefixes.current, row.tokens, row.places[: len(row.tokens)], row.asked)
 
     def step(self, tokens: Sequence[int], at: int, keep: int) -> NDArray[np.float32]:
@@ -77,6 +81,9 @@ class PackedRuntime:
         for row, step in steps:
             at = step.at - begin
             known = at + shared(row.tokens[at:], step.feed[:-1])
+            if known < min(row.asked, len(row.tokens)):  # scored in reverse order from now on
+                self._keep(row)
+                row.asked = 0
             del row.places[known:], row.tokens[known:]
             read += [(row, token) for token in step.feed[known - at : -1]]
         used = self._close_gaps()

@@ -16,6 +16,7 @@ from pipeline.toolcall.reply import OPENING, parse_call
 from pipeline.toolcall.tool import Tool, ToolCall, find_tool
 
 START, END = "<|im_start|>", "<|im_end|>"
+REVERSE_REQUESTS = "reverse_requests"  # in a model's config.json: on how many it was trained in reverse order
 
 _LINE_NUMBER = re.compile(r"^ *(\d+)[\t→]", re.MULTILINE)
 
@@ -114,7 +115,7 @@ def reverse_tokens(tokenizer: Tokenizer, message: Message) -> tuple[list[int], l
     """What comes before a call, between, and the request's tokens when the call stands before its request.
 
     How likely the request is after a call helps to choose among several calls: one that leaves out what was asked for
-    makes the request less likely. No conversation begins with the assistant, so this order is never taken for one.
+    makes the request less likely. Conversations to train on begin with the user, so the two orders cannot be confused.
     """
     opening, between = f"{START}assistant\n", f"\n{START}{message['role']}\n"
     request = [*_text(tokenizer, message["content"]), *_markup(tokenizer, END)]

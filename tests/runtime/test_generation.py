@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.runtime.generation import (
     ALL,
+    LONGEST_DRAFT,
     NEAR,
     PLAIN,
     Choice,
@@ -19,8 +20,10 @@ from pipeline.runtime.generation import (
     NullRuntime,
     Prompt,
     Reverse,
+    Step,
     Techniques,
     Token,
+    _ReverseScores,
     ablations,
     generate,
 )
@@ -84,17 +87,17 @@ def tokenizer(tiny_base: Path) -> Tokenizer:
     return Tokenizer(tiny_base)
 
 
+TEXT = 'find "ab" in cd/ef'
 PREFIX = [1, 2, 3]
 REVERSE = Reverse([4, 5], [6], list(range(7, 90)))  # a request of three drafts
 
 
 def replies(tokenizer: Tokenizer, use: Techniques, seed: int) -> tuple[list[Token], int]:
     grammar = Grammar(tokenizer.vocabulary, TOOLS)
-    text = 'find "ab" in cd/ef'
-    asked = tokenizer.encode(text, add_special_tokens=False)
+    asked = tokenizer.encode(TEXT, add_special_tokens=False)
     runtime, end = random_runtime(tokenizer, seed), tokenizer.eos_token_id
-    drafter = Drafter(tokenizer, TOOLS, text, end)
-    prompt = Prompt(PREFIX, asked, end, text, max_new_tokens=300, drafter=drafter, reverse=REVERSE)
+    drafter = Drafter(tokenizer, TOOLS, TEXT, end)
+    prompt = Prompt(PREFIX, asked, end, TEXT, max_new_tokens=300, drafter=drafter, reverse=REVERSE)
     return list(islice(generate(runtime, prompt, grammar, use), 300)), runtime.steps
 
 
@@ -184,13 +187,11 @@ def test_reverse_order_finds_calls_after_which_the_request_is_likelier(tokenizer
     better = 0
     for seed in range(60):
         use = replace(ALL, alternatives=8, reverse_weight=0)
-        likeliest, steps = replies(tokenizer, use, seed)
-        found, more = replies(tokenizer, replace(use, reverse_weight=1), seed)
+        likeliest, _ = replies(tokenizer, use, seed)
+        found, _ = replies(tokenizer, replace(use, reverse_weight=1), seed)
         if likeliest[-1].id != tokenizer.eos_token_id:
             assert found == likeliest
-        elif found == likeliest:
-            assert more >= steps
-        else:
+        elif found != likeliest:
             before, after = request_after(likeliest, tokenizer, seed), request_after(found, tokenizer, seed)
             assert (
                 math.log(probability(likeliest)) - NEAR
@@ -204,17 +205,43 @@ def test_reverse_order_finds_calls_after_which_the_request_is_likelier(tokenizer
 
 def request_after(call: list[Token], tokenizer: Tokenizer, seed: int) -> float:
     """The request's log-probability after `call`, in one step."""
-    runtime = random_runtime(tokenizer, seed)
-    runtime.begin(PREFIX)
+    runtime = asked_runtime(tokenizer, seed)
     before = [*REVERSE.opening, *(token.id for token in call), *REVERSE.between]
     logits = runtime.step([*before, *REVERSE.request[:-1]], len(PREFIX), len(REVERSE.request)).astype(np.float64)
     logits -= np.log(np.exp(logits).sum(1, keepdims=True))
     return float(sum(row[token] for row, token in zip(logits, REVERSE.request, strict=True)))
 
 
-def test_reverse_order_needs_alternatives() -> None:
+def asked_runtime(tokenizer: Tokenizer, seed: int) -> RandomRuntime:
+    """After the first step: where the random model says an opening depends on the request's length."""
+    runtime = random_runtime(tokenizer, seed)
+    runtime.begin(PREFIX)
+    runtime.step(tokenizer.encode(TEXT, add_special_tokens=False), len(PREFIX), 1)
+    return runtime
+
+
+@pytest.mark.parametrize("length", [1, 32, 33, 34, 65, 66, 83])
+def test_request_is_scored_in_parts_as_in_one(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    monkeypatch.setitem(globals(), "REVERSE", replace(REVERSE, request=REVERSE.request[:length]))
+    calls = [[Token(9, -1.0), Token(8, -1.0)], [Token(7, -1.0)]]
+    runtime, scores = asked_runtime(tokenizer, 0), _ReverseScores(REVERSE, len(PREFIX))
+    steps = 0
+    step: Step | None = scores.begin(calls)
+    while step:
+        assert len(step.draft) <= LONGEST_DRAFT
+        step, steps = scores.read(step, runtime.step(step.tokens, step.at, step.keep)), steps + 1
+    assert scores.scores == pytest.approx([request_after(call, tokenizer, 0) for call in calls])
+    assert steps == 2 * math.ceil(length / (LONGEST_DRAFT + 1))
+
+
+def test_reverse_order_needs_alternatives_and_a_finite_weight() -> None:
     with pytest.raises(ValueError, match=r"techniques\.reverse_weight needs techniques\.alternatives"):
         replace(ALL, alternatives=0)
+    for weight in (-0.1, 11, math.inf, math.nan):
+        with pytest.raises(ValueError, match=r"techniques\.reverse_weight must be"):
+            replace(ALL, reverse_weight=weight)
 
 
 def probability(tokens: list[Token]) -> float:

@@ -1,7 +1,9 @@
 """Requests together are answered as each alone."""
 
 import asyncio
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pipeline import files
 from pipeline.model.onnx_export import export_fused
 from pipeline.runtime.caller import ToolCaller, load_runtime
 from pipeline.runtime.generation import Choice, Row, Step, TogetherRuntime
 from pipeline.runtime.packed import PackedRuntime
 from pipeline.serving.engine import Asked, Engine, Piece
+from pipeline.toolcall.prompt import REVERSE_REQUESTS
+from pipeline.toolcall.tool import Tool
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"Read src/file{number}.py from line {number}, {'please ' * number}" for number in range(9)]
@@ -47,12 +52,20 @@ class Engines:
 
 @pytest.fixture(params=["packed", "rows"])
 def engines(request: pytest.FixtureRequest, tiny_base: Path, tiny_fused: Path, tmp_path: Path) -> Any:
-    """Of both runtimes; the GPU's runs on the CPU."""
+    """Of both runtimes, the GPU's on the CPU; the model has learnt the reverse order."""
+    folder = tmp_path / "model"
     if request.param == "rows":
-        export_fused(tiny_base, tmp_path, "cuda")
-    made = Engines(tmp_path if request.param == "rows" else tiny_fused)
+        export_fused(tiny_base, folder, "cuda")
+    else:
+        shutil.copytree(tiny_fused, folder)
+    learn_reverse_order(folder)
+    made = Engines(folder)
     yield made
     made.stop()
+
+
+def learn_reverse_order(folder: Path) -> None:
+    files.write_json(folder / "config.json", files.read_json(folder / "config.json") | {REVERSE_REQUESTS: 1})
 
 
 async def together(engine: Engine, texts: Sequence[str]) -> list[Piece | BaseException]:
@@ -149,8 +162,55 @@ def test_only_a_fused_model_answers_requests_together(tiny_base: Path) -> None:
         load_runtime(tiny_base, "cpu", 1, together=2)
 
 
+WAIT = {"properties": {"seconds": {"enum": list(range(1, 9))}}, "required": ["seconds"]}
+WAIT_TOOL = Tool("Wait", "Wait.", {"type": "object", **WAIT})
+
+
+def test_calls_scored_in_reverse_order_are_chosen_together_as_alone(engines: Engines) -> None:
+    """The model is unsure of one token, so several calls are whole and about equally likely."""
+    fed: list[list[int]] = []
+
+    def spied(runtime: Any) -> None:
+        step_together = runtime.step_together
+
+        def step(steps: Sequence[tuple[Row, Step]]) -> Any:
+            fed.extend(step.feed for _, step in steps)
+            return step_together(steps)
+
+        runtime.step_together = step
+
+    requests = [asked(text, tools=(WAIT_TOOL,)) for text in TEXTS]
+
+    async def ask(engine: Engine) -> list[str]:
+        return [piece.text for piece in await asyncio.gather(*map(engine.whole, requests))]
+
+    alone, many = engines(1), engines(4, spied)
+    for engine in (alone, many):
+        caller = engine.wait_until_loaded()
+        caller.techniques = replace(caller.techniques, reverse_weight=10)
+    opening = caller.prompt(TEXTS[0], (WAIT_TOOL,), 40, Choice.REQUIRED).reverse.opening  # type: ignore[union-attr]
+    found = asyncio.run(ask(many))
+    assert sum(feed[: len(opening)] == opening for feed in fed) >= 2 * len(TEXTS)
+    assert found == asyncio.run(ask(alone))
+    caller.techniques = replace(caller.techniques, reverse_weight=0)
+    assert found != asyncio.run(ask(many)), "no call was chosen for its score"
+
+
+def test_conversation_is_kept_although_calls_were_scored_in_reverse_order(tiny_fused: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_fused, tmp_path / "model")
+    learn_reverse_order(tmp_path / "model")
+    engine = Engines(tmp_path / "model")(2)
+    first = asked(TEXTS[8], tools=(WAIT_TOOL,))
+    call = asyncio.run(engine.whole(first)).text
+    said = ({"role": "assistant", "content": call}, {"role": "tool", "content": "done"})
+    again = asyncio.run(engine.whole(replace(first, messages=(*first.messages, *said))))
+    engine.stop()
+    assert again.kept_tokens > len(TEXTS[8]) / 4
+
+
 def test_short_requests_that_begin_a_conversation_are_scored_in_reverse_order(tiny_fused: Path) -> None:
     caller = ToolCaller.load(tiny_fused, ROOT / "data/tools.json", threads=1)
+    assert caller.techniques.reverse_weight == 0, "this model has not learnt the reverse order"
     single = [{"role": "user", "content": "show a"}]
     later = [*single, {"role": "assistant", "content": "Here."}, *single]
     long = [{"role": "user", "content": "show a " * 60}]
