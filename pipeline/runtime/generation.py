@@ -64,9 +64,9 @@ class Techniques:
 
 PREFIXES = 8
 PLAIN = Techniques(PREFIXES, 0, False, False, draft_tokens=0, guess_tokens=0, alternatives=0, reverse_weight=0)
-ALL = Techniques(PREFIXES, 4096, True, True, draft_tokens=4, guess_tokens=16, alternatives=4, reverse_weight=0.05)
+ALL = Techniques(PREFIXES, 4096, True, True, draft_tokens=4, guess_tokens=16, alternatives=4, reverse_weight=0.07)
 SURE = math.log(0.98)  # a token likelier than this has no second choice worth trying
-NEAR = 1.5  # nats: calls that are less likely than the likeliest by more than this are not scored in reverse order
+NEAR = 0.5  # nats: calls that are less likely than the likeliest by more than this are not scored in reverse order
 LONGEST_REVERSE = 256  # tokens of a request: longer ones would take longer to score than to answer
 
 
