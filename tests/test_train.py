@@ -154,6 +154,7 @@ def test_each_precision_learns_the_same(precision: str, tiny_base: Path, prepare
         ({"float32": 0.1, "bfloat16": 0.2, "int8": 0.2}, "float32"),
         ({"float32": 0.2, "bfloat16": 0.1, "int8": 0.2}, "bfloat16"),
         ({"float32": 0.2, "bfloat16": 0.4, "int8": 0.1}, "int8"),
+        ({"float32": 0.2, "bfloat16": 0.4, "int8": 0.17}, "int8"),
         ({"float32": 0.2, "bfloat16": 0.4, "int8": 0.195}, "float32"),  # saves too little for what it costs
     ],
 )
