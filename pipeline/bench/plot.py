@@ -258,10 +258,11 @@ def _cascade(found: Found, chosen: str, path: Path) -> str:
         axes.plot(usd, worst, color=colour(chosen), linestyle="--", linewidth=1.2)
         axes.annotate("worst case", (usd[-1], worst[-1]), (8, 0), va="center", **BESIDE)
         for step, at in zip(steps, curve, strict=True):
-            text = f"{step['sent_fraction']:.0%} forwarded" if step["sent_fraction"] else f"{chosen} alone"
             last, rises = at == curve[-1], any(exact > at[1] for _, exact in curve)
             place, side = ((8, 0), "center") if last else ((6, -4), "top") if rises else ((-8, 7), "bottom")
+            text = f"{step['sent_fraction']:.0%}" + (" forwarded" if last else "")  # neighbours may be close
             if not step["sent_fraction"]:
+                text = f"{chosen} alone"
                 place, side = (9, 4), "bottom"  # between the two lines
             axes.annotate(text, at, place, va=side, **BESIDE)
         axes.plot(*alone, "*", color=QUIET, markersize=11)
